@@ -1,0 +1,192 @@
+"""The interface of an offloading backend: where chunks are kept (manager) and how they get there (worker).
+
+Follows ``vllm.v1.kv_offload.base``. A backend deals in keys and slots; it never looks inside arrays or
+layouts, and hands the cache pytree on unopened.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, final
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxkv.keys import GroupId, JobId, OffloadKey
+
+
+class LookupResult(Enum):
+    """What a backend knows of one key (vLLM: ``LookupResult``)."""
+
+    MISS = auto()
+    HIT = auto()
+    HIT_PENDING = auto()
+    RETRY = auto()
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ReqContext:
+    """The request on whose behalf a backend is asked (vLLM: ``ReqContext``)."""
+
+    req_id: str
+
+
+class LoadStoreSpec(ABC):  # noqa: B024
+    """Where a backend keeps an ordered batch of chunks; opaque to everyone but its own worker."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PrepareStoreOutput:
+    """Which of the offered keys must be written, where, and what had to go (vLLM: ``PrepareStoreOutput``)."""
+
+    keys_to_store: tuple[OffloadKey, ...]
+    store_spec: LoadStoreSpec
+    evicted_keys: tuple[OffloadKey, ...]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class OffloadingEvent:
+    """Keys that became loadable (``removed=False``) or are no longer (vLLM: ``OffloadingEvent``)."""
+
+    keys: tuple[OffloadKey, ...]
+    medium: str
+    removed: bool
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class DeviceBlocks:
+    """The device side of a job in one group: ``block_ids`` (int32) in the order of the job's chunks of that group."""
+
+    group: GroupId
+    block_ids: npt.NDArray[np.int32]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class TransferJob:
+    """One store or load: device blocks by group, and the backend's place for the chunks in the same order.
+
+    The chunks of ``spec`` are ordered group after group as in ``blocks``, with ``blocks_per_chunk`` blocks each.
+    """
+
+    job_id: JobId
+    req_id: str
+    blocks: Sequence[DeviceBlocks]
+    spec: LoadStoreSpec
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """How a job ended; ``error`` is ``None`` when every byte was moved (vLLM: ``TransferResult``)."""
+
+    job_id: JobId
+    num_bytes: int
+    elapsed_s: float
+    error: str | None = None
+
+
+class OffloadingManager(ABC):
+    """Scheduler side of a backend: which chunks it holds. Methods as vLLM's ``OffloadingManager``."""
+
+    @abstractmethod
+    def lookup(self, key: OffloadKey, ctx: ReqContext) -> LookupResult:
+        """Whether one chunk can be read."""
+
+    @abstractmethod
+    def prepare_load(self, keys: Collection[OffloadKey], ctx: ReqContext) -> LoadStoreSpec:
+        """Protect loadable chunks from eviction until ``complete_load`` and say where they are.
+
+        A key may be prepared several times; each takes its own ``complete_load``.
+        """
+
+    @abstractmethod
+    def complete_load(self, keys: Collection[OffloadKey], ctx: ReqContext, *, success: bool = True) -> None:
+        """End a load. Chunks that could not be read (``success=False``) are forgotten once nobody reads them."""
+
+    @abstractmethod
+    def prepare_store(self, keys: Collection[OffloadKey], ctx: ReqContext) -> PrepareStoreOutput | None:
+        """Make room for the keys not held yet, evicting others; ``None`` if there is no room now.
+
+        Nothing in flight is evicted, nor any of ``keys``. Until ``complete_store`` the chunks answer ``HIT_PENDING``.
+        """
+
+    @abstractmethod
+    def complete_store(self, keys: Collection[OffloadKey], ctx: ReqContext, *, success: bool = True) -> None:
+        """The chunks became loadable, or (``success=False``) are dropped."""
+
+    @abstractmethod
+    def touch(self, keys: Collection[OffloadKey], ctx: ReqContext) -> None:
+        """Mark chunks as recently used, first key last to be evicted; keys not held are ignored."""
+
+    @abstractmethod
+    def reset_cache(self) -> None:
+        """Forget every chunk; slots in flight come back when their job ends."""
+
+    def on_new_request(self, ctx: ReqContext) -> None:
+        """A request was added."""
+
+    def on_request_finished(self, ctx: ReqContext) -> None:
+        """No more stores or loads will be prepared for this request."""
+
+    def take_events(self) -> Iterable[OffloadingEvent]:
+        """Events since the last call."""
+        return ()
+
+    def get_stats(self) -> Any:
+        """Counters of the backend; plain records."""
+        return None
+
+    def shutdown(self) -> None:
+        """Free everything."""
+
+
+class OffloadingWorker(ABC):
+    """Worker side of a backend: moves chunks between the cache pytree and its medium.
+
+    A store is done with the pages of the pytree it was given: it reads what they hold at submission, whatever
+    is computed from that pytree afterwards. That is what makes freed blocks safe to reuse in the same step.
+    """
+
+    @abstractmethod
+    def submit_store(self, job: TransferJob, kv_caches: Any) -> None:
+        """Start copying device blocks out. Failures become a :class:`JobResult`, never an exception."""
+
+    @abstractmethod
+    def submit_load(self, job: TransferJob, kv_caches: Any) -> Any:
+        """Start copying chunks in; returns the pytree to go on with, the one passed in is consumed."""
+
+    @abstractmethod
+    def get_finished(self) -> list[JobResult]:
+        """Jobs that ended since the last call, in the order they ended."""
+
+    @abstractmethod
+    def wait(self, job_ids: Collection[JobId]) -> None:
+        """Block until these jobs have ended; they are still reported by ``get_finished``."""
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """End all work."""
+
+
+class OffloadingSpec(ABC):
+    """Makes the two halves of a backend (vLLM: ``OffloadingSpec``)."""
+
+    @abstractmethod
+    def get_manager(self) -> OffloadingManager:
+        """The manager; the same object on every call."""
+
+    @abstractmethod
+    def get_worker(self, kv_caches: Any) -> OffloadingWorker:
+        """A worker for caches of the layout of ``kv_caches``; keeps no reference to the arrays."""
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Free what both halves share."""

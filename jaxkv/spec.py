@@ -1,0 +1,169 @@
+"""What each layer caches per block, and how layers form groups that share a block table.
+
+Specs say how many bytes a block of one layer really holds; how those bytes lie in an array is the business
+of :mod:`jaxkv.layout`. Names and meaning follow ``vllm.v1.kv_cache_interface``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxkv.errors import ConfigError
+
+
+def _require_positive(owner: object, **values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ConfigError(f"{type(owner).__name__}.{name} must be at least 1, got {value}")
+
+
+def _attention_page_bytes(spec: FullAttentionSpec | SlidingWindowSpec) -> int:
+    if spec.page_size_bytes is not None:
+        return spec.page_size_bytes
+    return 2 * spec.block_size * spec.num_kv_heads * spec.head_size * np.dtype(spec.dtype).itemsize
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class FullAttentionSpec:
+    """K and V of every token: ``block_size`` tokens, ``num_kv_heads`` heads of ``head_size`` elements.
+
+    ``page_size_bytes`` is what one block of one layer stores where that differs from K plus V (padding,
+    scales); ``None`` means exactly K plus V.
+    """
+
+    block_size: int
+    num_kv_heads: int
+    head_size: int
+    dtype: DTypeLike
+    page_size_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self, block_size=self.block_size, num_kv_heads=self.num_kv_heads, head_size=self.head_size
+        )
+        _require_positive(self, page_size_bytes=_attention_page_bytes(self))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class SlidingWindowSpec:
+    """K and V of the last ``sliding_window`` tokens, the query's own token included."""
+
+    block_size: int
+    num_kv_heads: int
+    head_size: int
+    dtype: DTypeLike
+    sliding_window: int
+    page_size_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self,
+            block_size=self.block_size,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            sliding_window=self.sliding_window,
+        )
+        _require_positive(self, page_size_bytes=_attention_page_bytes(self))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class MambaSpec:
+    """A recurrent state, any tuple of ``shapes`` and ``dtypes``; one block is one snapshot of all of them.
+
+    ``block_size`` is the number of tokens between two snapshots that may be reused. ``page_size_padded``
+    is the width of the row the state lies in when it is wider than the state.
+    """
+
+    block_size: int
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[DTypeLike, ...]
+    page_size_padded: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_positive(self, block_size=self.block_size)
+        if not self.shapes or len(self.shapes) != len(self.dtypes):
+            raise ConfigError(
+                f"MambaSpec needs one dtype for each state shape, got {len(self.shapes)} shapes "
+                f"and {len(self.dtypes)} dtypes"
+            )
+        state_bytes = page_size_bytes(self)
+        if self.page_size_padded is not None and self.page_size_padded < state_bytes:
+            raise ConfigError(
+                f"MambaSpec.page_size_padded is {self.page_size_padded}, less than the state's {state_bytes} bytes"
+            )
+
+
+LayerSpec = FullAttentionSpec | SlidingWindowSpec | MambaSpec
+
+
+def page_size_bytes(spec: LayerSpec) -> int:
+    """Bytes one layer stores in one block; padding around a recurrent state is not stored."""
+    match spec:
+        case FullAttentionSpec() | SlidingWindowSpec():
+            return _attention_page_bytes(spec)
+        case MambaSpec():
+            return sum(
+                math.prod(shape) * np.dtype(dtype).itemsize
+                for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True)
+            )
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class KVCacheGroupSpec:
+    """Layers that share one block table and one id space of ``num_blocks`` blocks."""
+
+    layer_names: tuple[str, ...]
+    spec: LayerSpec
+    num_blocks: int
+
+    def __post_init__(self) -> None:
+        _require_positive(self, num_blocks=self.num_blocks)
+        if not self.layer_names:
+            raise ConfigError("a KVCacheGroupSpec needs at least one layer name")
+        if len(set(self.layer_names)) != len(self.layer_names):
+            raise ConfigError(f"a layer is named twice in one group: {self.layer_names}")
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        return self.spec.block_size
+
+    @property
+    def page_size_bytes(self) -> int:
+        """Bytes of one block over all layers of the group."""
+        return len(self.layer_names) * page_size_bytes(self.spec)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class KVCacheConfig:
+    """All groups of one model, as vLLM's ``KVCacheConfig``, but with a block count per group."""
+
+    groups: tuple[KVCacheGroupSpec, ...]
+
+    def __post_init__(self) -> None:
+        if not self.groups:
+            raise ConfigError("a KVCacheConfig needs at least one group")
+        names = [name for group in self.groups for name in group.layer_names]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise ConfigError(f"layers belong to more than one group: {doubled}; name each layer once")
+
+    @property
+    def hash_block_size(self) -> int:
+        """Tokens per link of the hash chain: every group's block size is a multiple of it."""
+        return math.gcd(*(group.block_size for group in self.groups))
+
+    @property
+    def alignment_tokens(self) -> int:
+        """A cache hit ends at a multiple of this many tokens: a block boundary of every group."""
+        return math.lcm(*(group.block_size for group in self.groups))
