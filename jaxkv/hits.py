@@ -35,7 +35,7 @@ def required_chunks(group: HitGroup, boundary_tokens: int) -> range:
     end = boundary_tokens // group.tokens_per_chunk
     match group.spec:
         case FullAttentionSpec():
-            return range(0, end)
+            return range(end)
         case SlidingWindowSpec(sliding_window=window):
             first_token = max(0, boundary_tokens - (window - 1))
             return range(min(first_token // group.tokens_per_chunk, end), end)

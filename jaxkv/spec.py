@@ -97,7 +97,8 @@ class MambaSpec:
         state_bytes = page_size_bytes(self)
         if self.page_size_padded is not None and self.page_size_padded < state_bytes:
             raise ConfigError(
-                f"MambaSpec.page_size_padded is {self.page_size_padded}, less than the state's {state_bytes} bytes"
+                f"MambaSpec.page_size_padded is {self.page_size_padded}, "
+                f"less than the state's {state_bytes} bytes"
             )
 
 

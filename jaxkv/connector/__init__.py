@@ -1,0 +1,1 @@
+"""vLLM's KV connector API for JAX serving loops."""

@@ -1,7 +1,7 @@
 """The connector's interface: vLLM's ``KVConnectorBase_V1`` for caches that are values.
 
 A serving loop calls the scheduler side while it plans a step and the worker side while it runs one. Worker
-calls that read or write caches take the cache pytree, and those that write it return the pytree to go on with.
+calls that read or write caches take the cache pytree; those that write it return the pytree to go on with.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ KVCaches = Mapping[str, Any]
 """``{layer_name: leaf | tuple of leaves | dict of leaves}``; a leaf is a ``jax.Array``."""
 
 
-class KVConnectorMetadata(ABC):  # noqa: B024
+class KVConnectorMetadata(ABC):
     """What the scheduler side hands to the worker side for one step."""
 
 
-class KVConnectorWorkerMetadata(ABC):  # noqa: B024
+class KVConnectorWorkerMetadata(ABC):
     """What the worker side reports back after one step."""
 
 
@@ -64,7 +64,8 @@ class KVConnectorBase(ABC):
         """Tokens that can be loaded beyond ``num_computed_tokens``, and whether they arrive asynchronously.
 
         ``num_computed_tokens`` is the block-aligned device hit. ``(None, False)`` means ask again next step.
-        What is promised stays loadable until the next ``build_connector_meta`` or until the request asks again.
+        What is promised stays loadable until the next ``build_connector_meta``, or until the request asks
+        again.
         """
 
     @abstractmethod
@@ -146,7 +147,7 @@ class KVConnectorBase(ABC):
 
     @abstractmethod
     def handle_preemptions(self, kv_caches: KVCaches, metadata: KVConnectorMetadata) -> KVCaches:
-        """Submit every store of the step, before anything may overwrite what they read. Always called first."""
+        """Submit every store of the step, before anything may overwrite what they read. Always first."""
 
     @abstractmethod
     def bind_connector_metadata(self, metadata: KVConnectorMetadata) -> None:

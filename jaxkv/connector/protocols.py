@@ -1,4 +1,4 @@
-"""What the connector asks of a serving loop: small shapes that any JAX loop can satisfy without importing one."""
+"""What the connector asks of a serving loop: small shapes any JAX loop can satisfy without importing one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol, final
 from jaxkv.keys import BlockHash, BlockId
 
 BlockTables = Sequence[Sequence[BlockId | None]]
-"""Per group, the blocks of one request from its first token on; ``None`` where it holds none (window, SSM)."""
+"""Per group, the blocks of one request from its first token on; ``None`` where it holds none."""
 
 
 class Request(Protocol):

@@ -35,7 +35,7 @@ class ReqContext:
     req_id: str
 
 
-class LoadStoreSpec(ABC):  # noqa: B024
+class LoadStoreSpec(ABC):
     """Where a backend keeps an ordered batch of chunks; opaque to everyone but its own worker."""
 
 
@@ -62,7 +62,7 @@ class OffloadingEvent:
 @final
 @dataclass(frozen=True, slots=True)
 class DeviceBlocks:
-    """The device side of a job in one group: ``block_ids`` (int32) in the order of the job's chunks of that group."""
+    """Device side of a job in one group: ``block_ids`` (int32) in the order of the job's chunks."""
 
     group: GroupId
     block_ids: npt.NDArray[np.int32]
@@ -73,7 +73,7 @@ class DeviceBlocks:
 class TransferJob:
     """One store or load: device blocks by group, and the backend's place for the chunks in the same order.
 
-    The chunks of ``spec`` are ordered group after group as in ``blocks``, with ``blocks_per_chunk`` blocks each.
+    The chunks of ``spec`` are ordered group after group as in ``blocks``, ``blocks_per_chunk`` blocks each.
     """
 
     job_id: JobId
@@ -109,13 +109,14 @@ class OffloadingManager(ABC):
 
     @abstractmethod
     def complete_load(self, keys: Collection[OffloadKey], ctx: ReqContext, *, success: bool = True) -> None:
-        """End a load. Chunks that could not be read (``success=False``) are forgotten once nobody reads them."""
+        """End a load. Chunks that could not be read (``success=False``) are forgotten."""
 
     @abstractmethod
     def prepare_store(self, keys: Collection[OffloadKey], ctx: ReqContext) -> PrepareStoreOutput | None:
         """Make room for the keys not held yet, evicting others; ``None`` if there is no room now.
 
-        Nothing in flight is evicted, nor any of ``keys``. Until ``complete_store`` the chunks answer ``HIT_PENDING``.
+        Nothing in flight is evicted, nor any of ``keys``. Until ``complete_store`` the chunks answer
+        ``HIT_PENDING``.
         """
 
     @abstractmethod

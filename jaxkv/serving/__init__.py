@@ -1,0 +1,1 @@
+"""A small, real serving loop over paged hybrid caches."""

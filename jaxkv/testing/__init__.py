@@ -1,0 +1,1 @@
+"""Test kit for cache layouts, backends and connectors."""

@@ -1,0 +1,66 @@
+# Everything sets itself up: a virtual environment per Python, the build, the dependencies.
+#   make demo     real Gemma 3 270M weights, offloading on against off
+#   make test     the whole test suite
+# PYTHON=python3.12 picks another interpreter; VENV=dir another environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check -q
+SOURCES := pyproject.toml README.md LICENSE $(shell find jaxkv ffi examples -type f \
+	-not -name '*.pyc' -not -path '*/__pycache__/*')
+CPP := $(shell find ffi -name '*.cc' -o -name '*.h')
+
+.PHONY: help demo test lint format docs native-test clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo: $(VENV)/.jaxkv
+	$(BIN)/jaxkv demo
+
+test: $(VENV)/.jaxkv
+	@echo "== pytest, $$($(BIN)/python --version), jax $$($(BIN)/python -c 'import jax; print(jax.__version__)')"
+	$(BIN)/pytest -n auto --dist loadfile
+
+lint: $(VENV)/.jaxkv $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+docs: $(VENV)/.jaxkv $(VENV)/.docs
+	$(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "jaxkv needs Python 3.11 or newer; try make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+		{ echo "this Python cannot make virtual environments; on Debian: apt install python3-venv"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || \
+		{ echo "no C++ compiler found; on Debian: apt install g++"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+	@touch $@
+
+$(VENV)/.jaxkv: $(VENV)/.python $(SOURCES)
+	@echo "== building jaxkv and installing what it needs into $(VENV)"
+	$(PIP) install ".[demo,test]"
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.python pyproject.toml
+	$(PIP) install ".[lint]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.python pyproject.toml
+	$(PIP) install ".[docs]"
+	@touch $@
+
+clean:
+	rm -rf .venv* build dist site
