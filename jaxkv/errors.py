@@ -55,3 +55,7 @@ class RequestError(JaxKVError, ValueError):
 
 class WeightsError(JaxKVError):
     """Model weights that are missing, truncated, altered or of an unsupported kind."""
+
+
+class ConnectorStateError(JaxKVError, RuntimeError):
+    """A connector was used before its caches were registered, registered twice, or used after shutdown."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -18,14 +19,42 @@ from jaxkv.errors import ConfigError
 
 def _require_positive(owner: object, **values: int) -> None:
     for name, value in values.items():
-        if value < 1:
-            raise ConfigError(f"{type(owner).__name__}.{name} must be at least 1, got {value}")
+        if not isinstance(value, int | np.integer) or value < 1:
+            raise ConfigError(
+                f"{type(owner).__name__}.{name} must be an integer of at least 1, got {value!r}"
+            )
+
+
+def dtype_bits(dtype: DTypeLike) -> int:
+    """Bits one element takes in a stored array; types below a byte are stored packed.
+
+    Raises :class:`ConfigError` for what is not a dtype.
+    """
+    try:
+        known = np.dtype(dtype)
+    except TypeError as error:
+        raise ConfigError(f"{dtype!r} is not a dtype; give one that jax.numpy knows") from error
+    if dtype is None:
+        raise ConfigError("a cache dtype of None would mean float64 to NumPy; name the dtype")
+    if not jnp.issubdtype(known, jnp.integer) and not jnp.issubdtype(known, jnp.floating):
+        return 8 * known.itemsize
+    info: Any = jnp.iinfo if jnp.issubdtype(known, jnp.integer) else jnp.finfo
+    return int(info(known).bits)
+
+
+def _whole_bytes(num_elements: int, dtype: DTypeLike) -> int:
+    bits = num_elements * dtype_bits(dtype)
+    if bits % 8:
+        raise ConfigError(
+            f"{num_elements} elements of {np.dtype(dtype).name} are {bits} bits, not whole bytes; "
+            "pad them to an even number"
+        )
+    return bits // 8
 
 
 def _attention_page_bytes(spec: FullAttentionSpec | SlidingWindowSpec) -> int:
-    if spec.page_size_bytes is not None:
-        return spec.page_size_bytes
-    return 2 * spec.block_size * spec.num_kv_heads * spec.head_size * np.dtype(spec.dtype).itemsize
+    implied = _whole_bytes(2 * spec.block_size * spec.num_kv_heads * spec.head_size, spec.dtype)
+    return implied if spec.page_size_bytes is None else spec.page_size_bytes
 
 
 @final
@@ -94,6 +123,10 @@ class MambaSpec:
                 f"MambaSpec needs one dtype for each state shape, got {len(self.shapes)} shapes "
                 f"and {len(self.dtypes)} dtypes"
             )
+        if any(size < 1 for shape in self.shapes for size in shape):
+            raise ConfigError(
+                f"every axis of a MambaSpec state must be at least 1 long, got shapes {self.shapes}"
+            )
         state_bytes = page_size_bytes(self)
         if self.page_size_padded is not None and self.page_size_padded < state_bytes:
             raise ConfigError(
@@ -112,7 +145,7 @@ def page_size_bytes(spec: LayerSpec) -> int:
             return _attention_page_bytes(spec)
         case MambaSpec():
             return sum(
-                math.prod(shape) * np.dtype(dtype).itemsize
+                _whole_bytes(math.prod(shape), dtype)
                 for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True)
             )
 

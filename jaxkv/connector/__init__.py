@@ -1,1 +1,34 @@
 """vLLM's KV connector API for JAX serving loops."""
+
+from jaxkv.connector.base import (
+    KVCaches,
+    KVConnectorBase,
+    KVConnectorMetadata,
+    KVConnectorOutput,
+    KVConnectorWorkerMetadata,
+    LoadFailure,
+)
+from jaxkv.connector.config import OffloadingConfig
+from jaxkv.connector.connector import OffloadingConnector
+from jaxkv.connector.events import KVCacheEvent
+from jaxkv.connector.metrics import ConnectorStats, GroupStats
+from jaxkv.connector.protocols import BlockTables, Request, SchedulerOutput
+from jaxkv.connector.sizes import parse_bytes
+
+__all__ = [
+    "BlockTables",
+    "ConnectorStats",
+    "GroupStats",
+    "KVCacheEvent",
+    "KVCaches",
+    "KVConnectorBase",
+    "KVConnectorMetadata",
+    "KVConnectorOutput",
+    "KVConnectorWorkerMetadata",
+    "LoadFailure",
+    "OffloadingConfig",
+    "OffloadingConnector",
+    "Request",
+    "SchedulerOutput",
+    "parse_bytes",
+]

@@ -1,1 +1,35 @@
-"""Where chunks are kept and how they get there: backends behind one small interface."""
+"""Backends: where offloaded chunks are kept, and how they get there."""
+
+from jaxkv.offload.base import (
+    DeviceBlocks,
+    JobResult,
+    LoadStoreSpec,
+    LookupResult,
+    OffloadingEvent,
+    OffloadingManager,
+    OffloadingSpec,
+    OffloadingWorker,
+    PrepareStoreOutput,
+    ReqContext,
+    TransferJob,
+)
+from jaxkv.offload.factory import BackendOptions, make_offloading_spec
+from jaxkv.offload.policies import CachePolicy, LRUPolicy
+
+__all__ = [
+    "BackendOptions",
+    "CachePolicy",
+    "DeviceBlocks",
+    "JobResult",
+    "LRUPolicy",
+    "LoadStoreSpec",
+    "LookupResult",
+    "OffloadingEvent",
+    "OffloadingManager",
+    "OffloadingSpec",
+    "OffloadingWorker",
+    "PrepareStoreOutput",
+    "ReqContext",
+    "TransferJob",
+    "make_offloading_spec",
+]

@@ -145,6 +145,10 @@ class OffloadingManager(ABC):
         """Counters of the backend; plain records."""
         return None
 
+    def leaks(self) -> Sequence[str]:
+        """What jobs and lookups still hold, one sentence each; empty when nothing is in flight."""
+        return ()
+
     def shutdown(self) -> None:
         """Free everything."""
 

@@ -1,1 +1,28 @@
 """A small, real serving loop over paged hybrid caches."""
+
+from jaxkv.serving.engine import EngineConfig, EngineStats, LLMEngine
+from jaxkv.serving.model import KVCaches, Model, StepBatch
+from jaxkv.serving.request import (
+    Request,
+    RequestMetrics,
+    RequestOutput,
+    RequestStatus,
+    SamplingParams,
+)
+from jaxkv.serving.sizing import DEFAULT_PREFILL_SHAPES, divide_device_bytes
+
+__all__ = [
+    "DEFAULT_PREFILL_SHAPES",
+    "EngineConfig",
+    "EngineStats",
+    "KVCaches",
+    "LLMEngine",
+    "Model",
+    "Request",
+    "RequestMetrics",
+    "RequestOutput",
+    "RequestStatus",
+    "SamplingParams",
+    "StepBatch",
+    "divide_device_bytes",
+]

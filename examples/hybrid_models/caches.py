@@ -1,0 +1,64 @@
+"""Zeroed caches for a config, and reading and writing recurrent states in them by block.
+
+A recurrent layer's cache is a tuple of leaves (N, ...): N snapshots of each part of its state.
+"""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.serving.model import KVCaches
+from jaxkv.spec import FullAttentionSpec, KVCacheConfig, LayerSpec, MambaSpec, SlidingWindowSpec
+
+StateCache = tuple[jax.Array, jax.Array]
+"""Convolution inputs (N, K - 1, width) and recurrent states (N, ...) of one layer."""
+
+
+def init_caches(config: KVCacheConfig) -> KVCaches:
+    """Zeroed leaves for every layer of ``config``; no two share a buffer."""
+    return {
+        name: _zero_leaves(group.spec, group.num_blocks) for group in config.groups for name in group.layer_names
+    }
+
+
+def _zero_leaves(spec: LayerSpec, num_blocks: int) -> tuple[jax.Array, ...]:
+    match spec:
+        case FullAttentionSpec() | SlidingWindowSpec():
+            shape = (num_blocks, spec.block_size, spec.num_kv_heads, spec.head_size)
+            return jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype)
+        case MambaSpec():
+            return tuple(
+                jnp.zeros((num_blocks, *shape), dtype)
+                for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True)
+            )
+        case _:
+            assert_never(spec)
+
+
+def read_states(cache: StateCache, blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The states (B, ...) in ``blocks`` (B,) as float32; zeros where the block is -1."""
+    conv, recurrent = (
+        jnp.where(
+            (blocks >= 0).reshape(-1, *[1] * (leaf.ndim - 1)),
+            leaf[jnp.maximum(blocks, 0)].astype(jnp.float32),
+            0.0,
+        )
+        for leaf in cache
+    )
+    return conv, recurrent
+
+
+def write_states(
+    cache: StateCache, blocks: jax.Array, states: tuple[jax.Array, jax.Array], num_new: jax.Array
+) -> StateCache:
+    """The cache with ``states`` (B, ...) in ``blocks`` (B,), in place; -1 and rows without tokens are dropped."""
+    # An index past the end is dropped, while a negative one would wrap around.
+    targets = jnp.where((blocks >= 0) & (num_new > 0), blocks, cache[0].shape[0])
+    conv, recurrent = (
+        leaf.at[targets].set(state.astype(leaf.dtype), mode="drop")
+        for leaf, state in zip(cache, states, strict=True)
+    )
+    return conv, recurrent

@@ -1,0 +1,70 @@
+// Copies pages between cache leaves and block records. Knows raw pointers and strides, neither XLA nor
+// Python.
+#ifndef JAXKV_COPY_H_
+#define JAXKV_COPY_H_
+
+#include <cstdint>
+#include <vector>
+
+namespace jaxkv {
+
+// Mirror of jaxkv.layout.PagePlan, with the position of its leaf first. Run (o, i) of block b starts at leaf
+// byte
+//   leaf_offset + b * block_stride + o * outer_leaf_stride + i * inner_leaf_stride
+// and at record byte
+//   record_offset + o * outer_page_stride + i * inner_page_stride.
+struct PagePlan {
+  int64_t leaf;
+  int64_t num_blocks;
+  int64_t block_stride;
+  int64_t run_bytes;
+  int64_t leaf_offset;
+  int64_t record_offset;
+  int64_t outer_count;
+  int64_t outer_leaf_stride;
+  int64_t outer_page_stride;
+  int64_t inner_count;
+  int64_t inner_leaf_stride;
+  int64_t inner_page_stride;
+
+  int64_t page_bytes() const { return outer_count * inner_count * run_bytes; }
+};
+
+constexpr int kPagePlanFields = 12;
+static_assert(sizeof(PagePlan) == kPagePlanFields * sizeof(int64_t), "plans travel as rows of int64");
+
+// One block and the record that holds, or will hold, its pages.
+struct BlockMove {
+  int64_t block;
+  uint8_t* record;
+};
+
+// Whether every block of `plan` lies inside `leaf_bytes` and its page inside `record_bytes`. Safe for any
+// values.
+bool FitsInside(const PagePlan& plan, int64_t leaf_bytes, int64_t record_bytes);
+
+// A checked set of plans, ready to copy. `leaf_data[plan.leaf]` is the first byte of a leaf.
+class PageCopier {
+ public:
+  PageCopier(std::vector<PagePlan> plans, std::vector<uint8_t*> leaf_data, int64_t record_bytes);
+
+  // Leaves to records. Bytes of a record that no plan covers become zero.
+  void Gather(const std::vector<BlockMove>& moves) const;
+
+  // Records to leaves. No block may be named twice.
+  void Scatter(const std::vector<BlockMove>& moves) const;
+
+ private:
+  template <typename CopyPage>
+  void ForEachPage(const std::vector<BlockMove>& moves, const CopyPage& copy_page) const;
+
+  std::vector<PagePlan> plans_;
+  std::vector<uint8_t*> leaf_data_;
+  int64_t record_bytes_;
+  int64_t moved_bytes_ = 0;    // bytes the plans of one record move
+  int64_t covered_bytes_ = 0;  // end of the last byte a plan covers
+};
+
+}  // namespace jaxkv
+
+#endif  // JAXKV_COPY_H_

@@ -1,0 +1,305 @@
+#include "handlers.h"
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "copy.h"
+#include "pool.h"
+
+namespace jaxkv {
+namespace {
+
+namespace ffi = ::xla::ffi;
+
+using IdBuffer = ffi::BufferR1<ffi::S32>;
+using IdResult = ffi::ResultBufferR1<ffi::S32>;
+using ByteBuffer = ffi::BufferR2<ffi::U8>;
+using ByteResult = ffi::ResultBufferR2<ffi::U8>;
+using PlanRows = ffi::Span<const int64_t>;
+
+constexpr int64_t kAddressUnit = 512;
+
+struct Leaves {
+  std::vector<uint8_t*> data;
+  std::vector<int64_t> num_bytes;
+};
+
+// FFI counts an element of less than a byte as a whole byte, while buffers hold them packed.
+int64_t BitWidth(ffi::DataType type) {
+  switch (type) {
+    case ffi::S1:
+    case ffi::U1:
+      return 1;
+    case ffi::S2:
+    case ffi::U2:
+      return 2;
+    case ffi::S4:
+    case ffi::U4:
+    case ffi::F4E2M1FN:
+      return 4;
+    default:
+      return 8 * static_cast<int64_t>(ffi::ByteWidth(type));
+  }
+}
+
+int64_t NumBytes(const ffi::AnyBuffer& buffer) {
+  return BitWidth(buffer.element_type()) * static_cast<int64_t>(buffer.element_count()) / 8;
+}
+
+// The leaves of an op that only reads them.
+std::optional<Leaves> ReadLeaves(const ffi::RemainingArgs& args) {
+  Leaves leaves;
+  for (size_t i = 0; i < args.size(); ++i) {
+    auto leaf = args.get<ffi::AnyBuffer>(i);
+    if (!leaf.has_value()) return std::nullopt;
+    leaves.data.push_back(static_cast<uint8_t*>(leaf->untyped_data()));
+    leaves.num_bytes.push_back(NumBytes(*leaf));
+  }
+  return leaves;
+}
+
+// The leaves of an op that hands them on. A result is the operand's own buffer where the alias was kept;
+// where it was not, the operand is copied, so that the op means the same.
+std::optional<Leaves> HandOnLeaves(const ffi::RemainingArgs& args, const ffi::RemainingRets& results) {
+  if (args.size() != results.size()) return std::nullopt;
+  Leaves leaves;
+  for (size_t i = 0; i < args.size(); ++i) {
+    auto leaf = args.get<ffi::AnyBuffer>(i);
+    auto result = results.get<ffi::AnyBuffer>(i);
+    if (!leaf.has_value() || !result.has_value()) return std::nullopt;
+    const int64_t num_bytes = NumBytes(*leaf);
+    if (NumBytes(**result) != num_bytes) return std::nullopt;
+    auto* data = static_cast<uint8_t*>((*result)->untyped_data());
+    if (data != leaf->untyped_data()) std::memcpy(data, leaf->untyped_data(), static_cast<size_t>(num_bytes));
+    leaves.data.push_back(data);
+    leaves.num_bytes.push_back(num_bytes);
+  }
+  return leaves;
+}
+
+void HandOnToken(const IdBuffer& token, IdResult& result) {
+  if (token.typed_data() == result->typed_data()) return;
+  const size_t count = std::min(token.element_count(), result->element_count());
+  std::memcpy(result->typed_data(), token.typed_data(), count * sizeof(int32_t));
+}
+
+// The plans of a call, or nothing where they and the leaves contradict each other.
+std::optional<std::vector<PagePlan>> ParsePlans(PlanRows rows, const Leaves& leaves, int64_t record_bytes) {
+  if (record_bytes < 1 || rows.size() == 0 || rows.size() % kPagePlanFields != 0) return std::nullopt;
+  std::vector<PagePlan> plans(rows.size() / kPagePlanFields);
+  std::memcpy(plans.data(), rows.begin(), rows.size() * sizeof(int64_t));
+  for (const PagePlan& plan : plans) {
+    if (plan.leaf < 0 || static_cast<size_t>(plan.leaf) >= leaves.data.size()) return std::nullopt;
+    if (!FitsInside(plan, leaves.num_bytes[static_cast<size_t>(plan.leaf)], record_bytes))
+      return std::nullopt;
+  }
+  return plans;
+}
+
+// What one call found out and will report.
+class Tally {
+ public:
+  explicit Tally(const IdBuffer& ids) : ids_(ids) {}
+
+  // Every usable (block, record) pair. `record_of(j)` is the place of entry j's record, or null. An op that
+  // writes leaves refuses repeats: two threads would write one page.
+  template <typename RecordOf>
+  std::vector<BlockMove> Collect(const std::vector<PagePlan>& plans, bool writes_leaves,
+                                 const RecordOf& record_of) {
+    int64_t num_blocks = plans[0].num_blocks;
+    for (const PagePlan& plan : plans) num_blocks = std::min(num_blocks, plan.num_blocks);
+    std::vector<bool> seen(writes_leaves ? static_cast<size_t>(num_blocks) : 0);
+    std::vector<BlockMove> moves;
+    moves.reserve(ids_.element_count());
+    for (size_t j = 0; j < ids_.element_count(); ++j) {
+      const int32_t block = ids_.typed_data()[j];
+      if (block == -1) continue;
+      uint8_t* record = record_of(static_cast<int64_t>(j));
+      if (block < 0 || block >= num_blocks) {
+        ++counts_[kBadBlock];
+      } else if (record == nullptr) {
+        ++counts_[kBadAddress];
+      } else if (writes_leaves && seen[static_cast<size_t>(block)]) {
+        ++counts_[kRepeated];
+      } else {
+        if (writes_leaves) seen[static_cast<size_t>(block)] = true;
+        moves.push_back({block, record});
+      }
+    }
+    counts_[kMoved] = static_cast<int64_t>(moves.size());
+    return moves;
+  }
+
+  // Nothing moves; every entry that asked for something is refused for the same reason.
+  void RefuseAll(StatusEntry reason) {
+    const int32_t* ids = ids_.typed_data();
+    counts_.fill(0);
+    counts_[reason] = std::count_if(ids, ids + ids_.element_count(), [](int32_t id) { return id != -1; });
+  }
+
+  void WriteTo(IdResult& status) {
+    const auto elapsed = std::chrono::steady_clock::now() - started_;
+    counts_[kElapsedUs] = std::chrono::duration_cast<std::chrono::microseconds>(elapsed).count();
+    for (size_t i = 0; i < std::min<size_t>(kStatusSize, status->element_count()); ++i) {
+      constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+      status->typed_data()[i] = static_cast<int32_t>(std::min(counts_[i], kMost));
+    }
+  }
+
+ private:
+  const std::chrono::steady_clock::time_point started_ = std::chrono::steady_clock::now();
+  const IdBuffer& ids_;
+  std::array<int64_t, kStatusSize> counts_{};
+};
+
+// Runs a copy and reports how it ended, also when memory for its bookkeeping was refused.
+template <typename Copy>
+void Report(const IdBuffer& ids, IdResult& status, const Copy& copy) {
+  Tally tally(ids);
+  try {
+    copy(tally);
+  } catch (const std::bad_alloc&) {
+    tally.RefuseAll(kNoMemory);
+  }
+  tally.WriteTo(status);
+}
+
+// Finds the record of each entry of a call in its pool. Keeps the memory alive while it lives.
+class PoolRecords {
+ public:
+  PoolRecords(int64_t pool_id, const IdBuffer& token, const IdBuffer& addresses, int64_t record_bytes)
+      : addresses_(addresses), record_bytes_(record_bytes) {
+    if (token.element_count() < 1) return;
+    arena_ = PoolRegistry::Global().Find({pool_id, token.typed_data()[0]});
+    if (arena_ != nullptr && !arena_->owned_by_this_process()) arena_ = nullptr;
+  }
+
+  bool has_pool() const { return arena_ != nullptr; }
+
+  uint8_t* operator()(int64_t j) const {
+    const int64_t offset = kAddressUnit * addresses_.typed_data()[j];
+    return arena_->Contains(offset, record_bytes_) ? arena_->data() + offset : nullptr;
+  }
+
+ private:
+  const IdBuffer& addresses_;
+  const int64_t record_bytes_;
+  std::shared_ptr<Arena> arena_;
+};
+
+enum class Direction { kToPool, kFromPool };
+
+void MoveThroughPool(Direction direction, Tally& tally, const PoolRecords& records,
+                     std::optional<Leaves> leaves, PlanRows rows, int64_t record_bytes) {
+  if (!records.has_pool()) return tally.RefuseAll(kNoPool);
+  auto plans = leaves ? ParsePlans(rows, *leaves, record_bytes) : std::nullopt;
+  if (!plans) return tally.RefuseAll(kBadGeometry);
+  const auto moves = tally.Collect(*plans, direction == Direction::kFromPool, records);
+  const PageCopier copier(std::move(*plans), std::move(leaves->data), record_bytes);
+  direction == Direction::kToPool ? copier.Gather(moves) : copier.Scatter(moves);
+}
+
+// Without results for the leaves, offload is a plain read and leaves them to their owner.
+ffi::Error Offload(int64_t pool_id, int64_t record_bytes, PlanRows rows, IdBuffer ids, IdBuffer addresses,
+                   IdBuffer token, ffi::RemainingArgs args, IdResult token_out, IdResult status,
+                   ffi::RemainingRets results) {
+  HandOnToken(token, token_out);
+  Report(ids, status, [&](Tally& tally) {
+    auto leaves = results.size() == 0 ? ReadLeaves(args) : HandOnLeaves(args, results);
+    if (addresses.element_count() != ids.element_count()) return tally.RefuseAll(kBadGeometry);
+    const PoolRecords records(pool_id, token, addresses, record_bytes);
+    MoveThroughPool(Direction::kToPool, tally, records, std::move(leaves), rows, record_bytes);
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error Restore(int64_t pool_id, int64_t record_bytes, PlanRows rows, IdBuffer ids, IdBuffer addresses,
+                   IdBuffer token, ffi::RemainingArgs args, IdResult token_out, IdResult status,
+                   ffi::RemainingRets results) {
+  HandOnToken(token, token_out);
+  Report(ids, status, [&](Tally& tally) {
+    auto leaves = HandOnLeaves(args, results);
+    if (addresses.element_count() != ids.element_count()) return tally.RefuseAll(kBadGeometry);
+    const PoolRecords records(pool_id, token, addresses, record_bytes);
+    MoveThroughPool(Direction::kFromPool, tally, records, std::move(leaves), rows, record_bytes);
+  });
+  return ffi::Error::Success();
+}
+
+// The record of entry j in a staging array, or null where the array is too small for it.
+class StagedRecords {
+ public:
+  StagedRecords(uint8_t* data, ByteBuffer::Dimensions dimensions, int64_t record_bytes)
+      : data_(data), count_(dimensions[1] == record_bytes ? dimensions[0] : 0), record_bytes_(record_bytes) {}
+
+  uint8_t* operator()(int64_t j) const { return j < count_ ? data_ + j * record_bytes_ : nullptr; }
+
+ private:
+  uint8_t* const data_;
+  const int64_t count_;
+  const int64_t record_bytes_;
+};
+
+ffi::Error GatherPages(int64_t record_bytes, PlanRows rows, IdBuffer ids, ffi::RemainingArgs args,
+                       ByteResult staging, IdResult status) {
+  // What is skipped or refused leaves zeros, never whatever the memory held before.
+  std::memset(staging->typed_data(), 0, staging->element_count());
+  Report(ids, status, [&](Tally& tally) {
+    auto leaves = ReadLeaves(args);
+    auto plans = leaves ? ParsePlans(rows, *leaves, record_bytes) : std::nullopt;
+    if (!plans) return tally.RefuseAll(kBadGeometry);
+    const StagedRecords records(staging->typed_data(), staging->dimensions(), record_bytes);
+    const auto moves = tally.Collect(*plans, /*writes_leaves=*/false, records);
+    PageCopier(std::move(*plans), std::move(leaves->data), record_bytes).Gather(moves);
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error ScatterPages(int64_t record_bytes, PlanRows rows, ByteBuffer staging, IdBuffer ids,
+                        ffi::RemainingArgs args, IdResult status, ffi::RemainingRets results) {
+  Report(ids, status, [&](Tally& tally) {
+    auto leaves = HandOnLeaves(args, results);
+    auto plans = leaves ? ParsePlans(rows, *leaves, record_bytes) : std::nullopt;
+    if (!plans) return tally.RefuseAll(kBadGeometry);
+    const StagedRecords records(staging.typed_data(), staging.dimensions(), record_bytes);
+    const auto moves = tally.Collect(*plans, /*writes_leaves=*/true, records);
+    PageCopier(std::move(*plans), std::move(leaves->data), record_bytes).Scatter(moves);
+  });
+  return ffi::Error::Success();
+}
+
+auto BindPoolOp() {
+  return ffi::Ffi::Bind()
+      .Attr<int64_t>("pool_id")
+      .Attr<int64_t>("record_bytes")
+      .Attr<PlanRows>("plans")
+      .Arg<IdBuffer>()  // block ids
+      .Arg<IdBuffer>()  // addresses
+      .Arg<IdBuffer>()  // token
+      .RemainingArgs()
+      .Ret<IdBuffer>()  // token
+      .Ret<IdBuffer>()  // status
+      .RemainingRets();
+}
+
+auto BindPageOp() { return ffi::Ffi::Bind().Attr<int64_t>("record_bytes").Attr<PlanRows>("plans"); }
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(OffloadHandler, Offload, BindPoolOp());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(RestoreHandler, Restore, BindPoolOp());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GatherPagesHandler, GatherPages,
+                              BindPageOp().Arg<IdBuffer>().RemainingArgs().Ret<ByteBuffer>().Ret<IdBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    ScatterPagesHandler, ScatterPages,
+    BindPageOp().Arg<ByteBuffer>().Arg<IdBuffer>().RemainingArgs().Ret<IdBuffer>().RemainingRets());
+
+}  // namespace jaxkv

@@ -1,0 +1,120 @@
+// The Python module: registers what the other files define and names their errors. Decides nothing.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <memory>
+#include <stdexcept>
+#include <utility>
+
+#include "handlers.h"
+#include "pool.h"
+
+namespace nb = nanobind;
+
+namespace jaxkv {
+namespace {
+
+using Bytes = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>;
+
+class ClosedError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+class ForkedError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// Python's handle on one arena. Everyone else finds the arena by its key, and only while it is open.
+class ArenaHandle {
+ public:
+  explicit ArenaHandle(int64_t num_bytes) {
+    nb::gil_scoped_release unlocked;
+    auto arena = std::make_shared<Arena>(num_bytes);
+    num_bytes_ = arena->num_bytes();
+    huge_pages_ = arena->huge_pages();
+    key_ = PoolRegistry::Global().Add(std::move(arena));
+  }
+
+  ~ArenaHandle() { Close(); }
+
+  // The memory goes back when the last copy or view that uses it ends.
+  void Close() {
+    nb::gil_scoped_release unlocked;
+    PoolRegistry::Global().Remove(key_);
+  }
+
+  bool closed() const { return PoolRegistry::Global().Find(key_) == nullptr; }
+  int64_t pool_id() const { return key_.id; }
+  int32_t generation() const { return key_.generation; }
+  int64_t num_bytes() const { return num_bytes_; }
+  bool huge_pages() const { return huge_pages_; }
+
+  Bytes View(int64_t offset, int64_t length) const {
+    auto arena = PoolRegistry::Global().Find(key_);
+    if (arena == nullptr) throw ClosedError("the host pool was closed; open a new one");
+    if (!arena->owned_by_this_process()) {
+      throw ForkedError("the host pool belongs to the parent process; open a new one after fork");
+    }
+    if (!arena->Contains(offset, length)) throw nb::index_error("view outside the host pool");
+    uint8_t* data = arena->data() + offset;
+    auto keep = std::make_unique<std::shared_ptr<Arena>>(std::move(arena));
+    nb::capsule owner(keep.get(), [](void* p) noexcept { delete static_cast<std::shared_ptr<Arena>*>(p); });
+    keep.release();
+    return Bytes(data, {static_cast<size_t>(length)}, owner);
+  }
+
+ private:
+  PoolKey key_;
+  int64_t num_bytes_;
+  bool huge_pages_;
+};
+
+template <typename Handler>
+nb::capsule Target(Handler* handler) {
+  return nb::capsule(reinterpret_cast<void*>(handler));
+}
+
+nb::dict FfiTargets() {
+  nb::dict targets;
+  targets["jaxkv_gather_pages"] = Target(GatherPagesHandler);
+  targets["jaxkv_scatter_pages"] = Target(ScatterPagesHandler);
+  targets["jaxkv_offload"] = Target(OffloadHandler);
+  targets["jaxkv_restore"] = Target(RestoreHandler);
+  return targets;
+}
+
+void RaisePythonError(const char* name, const std::exception& error) {
+  PyErr_SetString(nb::module_::import_("jaxkv.errors").attr(name).ptr(), error.what());
+}
+
+void TranslateErrors(const std::exception_ptr& pointer, void*) {
+  try {
+    std::rethrow_exception(pointer);
+  } catch (const ClosedError& error) {
+    RaisePythonError("PoolClosedError", error);
+  } catch (const ForkedError& error) {
+    RaisePythonError("PoolForkedError", error);
+  } catch (const AllocationError& error) {
+    RaisePythonError("ConfigError", error);
+  }
+}
+
+NB_MODULE(_native, module) {
+  module.doc() = "Host memory arenas and the FFI targets that move pages.";
+  nb::register_exception_translator(TranslateErrors);
+  nb::class_<ArenaHandle>(module, "Arena")
+      .def(nb::init<int64_t>(), nb::arg("num_bytes"))
+      .def("close", &ArenaHandle::Close)
+      .def("view", &ArenaHandle::View, nb::arg("offset"), nb::arg("num_bytes"))
+      .def_prop_ro("closed", &ArenaHandle::closed)
+      .def_prop_ro("pool_id", &ArenaHandle::pool_id)
+      .def_prop_ro("generation", &ArenaHandle::generation)
+      .def_prop_ro("num_bytes", &ArenaHandle::num_bytes)
+      .def_prop_ro("huge_pages", &ArenaHandle::huge_pages);
+  module.def("ffi_targets", &FfiTargets);
+}
+
+}  // namespace
+}  // namespace jaxkv

@@ -1,0 +1,80 @@
+// Owns the memory of host pools and finds it again by number. Knows neither slots, nor XLA, nor Python.
+#ifndef JAXKV_POOL_H_
+#define JAXKV_POOL_H_
+
+#include <sys/types.h>
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <vector>
+
+namespace jaxkv {
+
+// The operating system did not give the memory asked for.
+class AllocationError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// One arena of host memory, page aligned, touched and therefore resident, on huge pages where there are any.
+class Arena {
+ public:
+  // `num_bytes` is rounded up to whole 4 KiB pages. Throws AllocationError.
+  explicit Arena(int64_t num_bytes);
+  ~Arena();
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  uint8_t* data() const { return data_; }
+  int64_t num_bytes() const { return num_bytes_; }
+  // Whether the kernel accepted the advice to use huge pages.
+  bool huge_pages() const { return huge_pages_; }
+  // False in a forked child, whose copy of the memory is not the pool any more.
+  bool owned_by_this_process() const;
+  // Whether [offset, offset + length) lies inside. Safe for any values.
+  bool Contains(int64_t offset, int64_t length) const;
+
+ private:
+  void Populate();
+
+  uint8_t* data_ = nullptr;
+  int64_t num_bytes_ = 0;
+  bool huge_pages_ = false;
+  pid_t creator_;
+};
+
+// What a compiled program knows of a pool: a small number that stays the same over its life and is used again
+// after it, and a generation that is not.
+struct PoolKey {
+  int64_t id;
+  int32_t generation;
+};
+
+// Arenas by number. Whoever found one keeps it alive, so that closing a pool never pulls memory away from a
+// copy.
+class PoolRegistry {
+ public:
+  static PoolRegistry& Global();
+
+  PoolKey Add(std::shared_ptr<Arena> arena);
+  // Null if there is no such pool any more.
+  std::shared_ptr<Arena> Find(PoolKey key) const;
+  // Forgets the arena and returns it, so that the caller chooses when to free it; null if it was gone.
+  std::shared_ptr<Arena> Remove(PoolKey key);
+
+ private:
+  struct Entry {
+    std::shared_ptr<Arena> arena;
+    int32_t generation = 0;
+  };
+
+  mutable std::mutex mutex_;
+  std::vector<Entry> entries_;
+  int32_t last_generation_ = 0;
+};
+
+}  // namespace jaxkv
+
+#endif  // JAXKV_POOL_H_

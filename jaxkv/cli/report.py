@@ -1,0 +1,115 @@
+"""Shows what the demo measured: a table per request, totals, and a plot of the time to first token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import final
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxkv.cli.workload import Turn
+from jaxkv.connector import ConnectorStats
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The same workload without and with offloading."""
+
+    off: Sequence[Turn]
+    on: Sequence[Turn]
+    transfers: ConnectorStats
+    device_evictions: int
+
+    @property
+    def tokens_equal(self) -> bool:
+        """Whether every reply is the same, token for token."""
+        return [turn.output_ids for turn in self.off] == [turn.output_ids for turn in self.on]
+
+    @property
+    def returning(self) -> list[tuple[Turn, Turn]]:
+        """(off, on) of the requests that were served from the host pool."""
+        return [
+            (off, on) for off, on in zip(self.off, self.on, strict=True) if on.metrics.host_hit_tokens > 0
+        ]
+
+    @property
+    def median_speedup(self) -> float:
+        """How many times shorter the time to first token of those requests was."""
+        return median(ttft_s(off) / ttft_s(on) for off, on in self.returning)
+
+
+def ttft_s(turn: Turn) -> float:
+    """Seconds to the first token of a finished turn."""
+    assert turn.metrics.ttft_s is not None, f"{turn.name} finished without a token"
+    return turn.metrics.ttft_s
+
+
+def print_report(console: Console, comparison: Comparison) -> None:
+    """The table of requests and the totals."""
+    console.print(_request_table(comparison))
+    totals, milli = comparison.transfers, 1e3
+    console.print(
+        f"stored {totals.stored_bytes / 2**20:.0f} MiB at {_rate(totals.stored_bytes, totals.store_seconds)}, "
+        f"loaded {totals.loaded_bytes / 2**20:.0f} MiB at {_rate(totals.loaded_bytes, totals.load_seconds)}; "
+        f"evictions: {comparison.device_evictions} device blocks, {totals.evicted_chunks} host chunks"
+    )
+    if comparison.returning:
+        off = median(ttft_s(turn) for turn, _ in comparison.returning) * milli
+        on = median(ttft_s(turn) for _, turn in comparison.returning) * milli
+        console.print(
+            f"{len(comparison.returning)} requests came back from the host: median time to first token "
+            f"{off:.0f} ms recomputed, {on:.0f} ms restored, [bold]{comparison.median_speedup:.1f} times[/] "
+            "shorter"
+        )
+    console.print(f"tokens equal with offloading on and off: [bold]{_yes(comparison.tokens_equal)}[/]")
+
+
+def _request_table(comparison: Comparison) -> Table:
+    table = Table(title="Requests with offloading on, and their time to first token with it off")
+    table.add_column("request")
+    for name in ("prompt", "from device", "from host", "computed", "TTFT on", "TTFT off", "off / on"):
+        table.add_column(name, justify="right")
+    for off, on in zip(comparison.off, comparison.on, strict=True):
+        metrics, ratio = on.metrics, ttft_s(off) / ttft_s(on)
+        table.add_row(
+            on.name,
+            str(metrics.prompt_tokens),
+            str(metrics.device_hit_tokens),
+            str(metrics.host_hit_tokens),
+            str(metrics.computed_tokens),
+            f"{ttft_s(on) * 1e3:.0f} ms",
+            f"{ttft_s(off) * 1e3:.0f} ms",
+            f"[bold]{ratio:.1f}x[/]" if metrics.host_hit_tokens else f"{ratio:.1f}x",
+        )
+    return table
+
+
+def _rate(num_bytes: int, elapsed_s: float) -> str:
+    return f"{num_bytes / elapsed_s / 1e9:.1f} GB/s" if elapsed_s > 0 else "no time at all"
+
+
+def _yes(value: bool) -> str:  # noqa: FBT001
+    return "yes" if value else "NO"
+
+
+def save_plot(path: Path, comparison: Comparison) -> None:
+    """A PNG with two bars per request: time to first token with offloading off and on."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 -- heavy, and only the demo plots
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot()
+    rows = range(len(comparison.on))
+    axes.barh([row - 0.2 for row in rows], [ttft_s(t) for t in comparison.off], 0.4, label="off", color="#b0b7c3")
+    axes.barh([row + 0.2 for row in rows], [ttft_s(t) for t in comparison.on], 0.4, label="on", color="#2563eb")
+    axes.set_yticks(list(rows), [turn.name for turn in comparison.on])
+    axes.invert_yaxis()
+    axes.set_xlabel("time to first token, seconds")
+    axes.set_title("Gemma 3 270M, conversations that outgrow the device cache")
+    axes.legend(title="offloading")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,26 @@
+"""What the two halves of the connector tell each other once a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from jaxkv.connector.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+from jaxkv.offload.base import JobResult, TransferJob
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class OffloadingConnectorMetadata(KVConnectorMetadata):
+    """Jobs to submit: ``stores`` before anything of the step, then ``loads``."""
+
+    stores: tuple[TransferJob, ...] = ()
+    loads: tuple[TransferJob, ...] = ()
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class OffloadingWorkerMetadata(KVConnectorWorkerMetadata):
+    """Jobs one worker has ended, in the order they ended."""
+
+    results: tuple[JobResult, ...]

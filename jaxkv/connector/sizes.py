@@ -1,0 +1,46 @@
+"""Sizes in bytes as people write them."""
+
+from __future__ import annotations
+
+import re
+
+from jaxkv.errors import ConfigError
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes of ``size``: an int, or digits with a unit such as ``"64MiB"``, ``"1.5 GiB"`` or ``"2GB"``.
+
+    Raises ``ConfigError`` for anything else, fractions of a byte and sizes below one byte included.
+    """
+    if isinstance(size, bool) or not isinstance(size, int | str):
+        raise ConfigError(f"a size is an int or a text such as '64MiB', got {size!r}")
+    if isinstance(size, str):
+        found = _SIZE.fullmatch(size.strip())
+        if found is None or found[2].lower() not in _UNITS:
+            raise ConfigError(
+                f"cannot read the size {size!r}; write bytes, or a number and KiB, MiB, GiB, KB, MB, GB"
+            )
+        whole, _, fraction = found[1].partition(".")
+        scaled = int(whole + fraction) * _UNITS[found[2].lower()]
+        size, rest = divmod(scaled, 10 ** len(fraction))
+        if rest:
+            raise ConfigError(
+                f"the size {found[0]!r} is not a whole number of bytes; write it in a smaller unit"
+            )
+    if size < 1:
+        raise ConfigError(f"a size must be at least one byte, got {size}")
+    return size

@@ -1,0 +1,85 @@
+"""The worker side of the connector: submits the jobs of a step and reports how they ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import final
+
+from jaxkv.connector.base import KVCaches, LoadFailure
+from jaxkv.connector.metadata import OffloadingConnectorMetadata
+from jaxkv.keys import BlockId, GroupId, JobId
+from jaxkv.offload.base import JobResult, OffloadingWorker, TransferJob
+
+
+@final
+class OffloadingConnectorWorker:
+    """Drives one ``OffloadingWorker``. Every end of a job is reported once."""
+
+    def __init__(self, worker: OffloadingWorker) -> None:
+        self._worker = worker
+        self._submitted: set[JobId] = set()
+        self._loads: dict[JobId, TransferJob] = {}
+        self._results: list[JobResult] = []
+        self._received: set[str] = set()
+        self._failed: dict[str, LoadFailure] = {}
+
+    def submit_stores(self, metadata: OffloadingConnectorMetadata, kv_caches: KVCaches) -> None:
+        """Submit every store of the step; each reads ``kv_caches`` as they are now."""
+        for job in metadata.stores:
+            self._submitted.add(job.job_id)
+            self._worker.submit_store(job, kv_caches)
+
+    def submit_loads(self, metadata: OffloadingConnectorMetadata, kv_caches: KVCaches) -> KVCaches:
+        """Submit every load of the step; answers the caches to go on with."""
+        for job in metadata.loads:
+            self._submitted.add(job.job_id)
+            self._loads[job.job_id] = job
+            kv_caches = self._worker.submit_load(job, kv_caches)
+        return kv_caches
+
+    def take_received(self) -> set[str]:
+        """Requests whose load arrived, since the last call."""
+        self._poll()
+        taken, self._received = self._received, set()
+        return taken
+
+    def take_failed(self) -> Mapping[str, LoadFailure]:
+        """Requests whose load did not arrive, since the last call."""
+        self._poll()
+        taken, self._failed = self._failed, {}
+        return taken
+
+    def take_results(self) -> tuple[JobResult, ...]:
+        """Jobs that ended, since the last call, as of the last look at received and failed loads."""
+        taken, self._results = self._results, []
+        return tuple(taken)
+
+    def drain(self) -> None:
+        """Block until every job has ended."""
+        self._worker.wait(tuple(self._submitted))
+        self._poll()
+
+    def shutdown(self) -> None:
+        """End all work."""
+        self._worker.shutdown()
+
+    def _poll(self) -> None:
+        for result in self._worker.get_finished():
+            self._submitted.discard(result.job_id)
+            self._results.append(result)
+            load = self._loads.pop(result.job_id, None)
+            if load is None:
+                continue
+            if result.error is None:
+                self._received.add(load.req_id)
+            else:
+                self._failed[load.req_id] = LoadFailure(_targets(load), result.error)
+
+
+def _targets(load: TransferJob) -> tuple[tuple[GroupId, BlockId], ...]:
+    return tuple(
+        (blocks.group, BlockId(int(block)))
+        for blocks in load.blocks
+        for block in blocks.block_ids
+        if block >= 0
+    )

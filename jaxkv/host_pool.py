@@ -1,0 +1,342 @@
+"""Owns host memory for offloaded chunks: one arena, cut into slots. Knows bytes; not blocks, groups or keys."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType, TracebackType
+from typing import Self, final
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxkv.errors import (
+    ConfigError,
+    NativeError,
+    PoolClosedError,
+    PoolForkedError,
+    PoolFull,
+    PoolInUseError,
+    SlotError,
+)
+from jaxkv.memory_limit import memory_limit_bytes
+from jaxkv.slabs import SLOT_UNIT_BYTES, SlabAllocator, choose_slab_bytes
+
+ADDRESS_UNIT_BYTES = SLOT_UNIT_BYTES
+"""Addresses inside a pool count units of this many bytes, so that 32 bits reach 1 TiB."""
+MAX_CAPACITY_BYTES = ADDRESS_UNIT_BYTES * 2**31
+
+_epochs = itertools.count(1)
+
+
+def load_native() -> ModuleType:
+    """The compiled extension. Raises :class:`NativeError` if it is not there or does not load."""
+    try:
+        from jaxkv import _native  # noqa: PLC0415
+    except ImportError as error:
+        raise NativeError(
+            f"jaxkv's compiled extension does not load ({error}); install jaxkv with "
+            "'pip install .' for this Python, with jaxlib 0.10 or newer"
+        ) from error
+    return _native
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A reserved range of a pool. ``epoch`` is unique in the process: a freed slot is never mistaken for a new one."""
+
+    offset: int
+    num_bytes: int
+    epoch: int
+
+
+@final
+class HostPool:
+    """``capacity_bytes`` of host memory, rounded up to whole 4 KiB pages and to nothing else.
+
+    All of it is resident once the pool exists, on huge pages where the system has them. Use it as a context
+    manager; leaving it with slots in use closes it and raises :class:`PoolInUseError`. All methods may be called
+    from several threads.
+
+    Raises :class:`ConfigError` for a capacity that is not a positive number of bytes, that is over 1 TiB, or
+    that is more than this machine or its control group has.
+    """
+
+    def __init__(self, capacity_bytes: int) -> None:
+        _require_capacity(capacity_bytes)
+        self._arena = load_native().Arena(capacity_bytes)
+        self._creator = os.getpid()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._slot_sizes: frozenset[int] = frozenset()
+        self._slabs = SlabAllocator(self.capacity_bytes, self.capacity_bytes)
+        self._live: dict[int, Slot] = {}
+        self._pins: dict[int, int] = {}
+        self._freed_while_pinned: set[int] = set()
+        # Views end in the garbage collector, which may run inside any of our own methods.
+        self._ended_views: deque[Slot] = deque()
+
+    # -- life ---------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._close_quietly()
+
+    def close(self) -> None:
+        """Give the memory back, as soon as no transfer and no view uses it. A second call does nothing.
+
+        Raises :class:`PoolInUseError` if slots are still reserved; the pool is closed even so.
+        """
+        in_use = self._close_quietly()
+        if in_use:
+            raise PoolInUseError(
+                f"the host pool was closed with {in_use} slots in use; free them first. "
+                "Its memory goes back when nothing uses it any more"
+            )
+
+    @property
+    def closed(self) -> bool:
+        """Whether the pool can no longer be used."""
+        return self._closed
+
+    def _close_quietly(self) -> int:
+        self._require_own_process()
+        with self._lock:
+            in_use = 0 if self._closed else len(self._live)
+            self._closed = True
+            self._live.clear()
+        self._arena.close()
+        return in_use
+
+    # -- size ---------------------------------------------------------------------------------------------
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes of the arena."""
+        return self._arena.num_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of slots in use, alignment included."""
+        with self._usable():
+            return self._slabs.used_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of the arena outside slots in use."""
+        return self.capacity_bytes - self.used_bytes
+
+    @property
+    def huge_pages(self) -> bool:
+        """Whether the kernel took the advice to use huge pages."""
+        return self._arena.huge_pages
+
+    @property
+    def num_slabs(self) -> int:
+        """Equal parts the arena is cut into; settled once slots are in use."""
+        with self._usable():
+            return self._slabs.num_slabs
+
+    # -- slots --------------------------------------------------------------------------------------------
+
+    def fit_slabs(self, slot_sizes: Iterable[int]) -> None:
+        """Tell the pool which slot sizes (bytes) will be asked for, so that it cuts slabs that waste little.
+
+        Sizes add up over calls. While slots are in use the cut stays as it is; then a size larger than a slab is
+        a :class:`ConfigError`, as is one larger than the pool.
+        """
+        with self._usable():
+            self._fit(frozenset(slot_sizes))
+
+    def max_slots(self, slot_bytes: int) -> int:
+        """Slots of ``slot_bytes`` the pool holds when nothing else is in it."""
+        with self._usable():
+            self._fit(frozenset((slot_bytes,)))
+            return self._slabs.max_slots(slot_bytes)
+
+    def try_reserve(self, slot_bytes: int) -> Slot | None:
+        """A slot of ``slot_bytes``, or ``None`` while there is none.
+
+        It starts at a multiple of 4096 bytes, or of 512 if it is smaller than that.
+        """
+        with self._usable():
+            self._fit(frozenset((slot_bytes,)))
+            return self._allocate(slot_bytes)
+
+    def reserve_slots(self, slot_bytes: int, num_slots: int) -> list[Slot]:
+        """``num_slots`` slots of ``slot_bytes``. Raises :class:`PoolFull`, and then keeps nothing."""
+        if num_slots < 0:
+            raise ConfigError(f"cannot reserve {num_slots} slots; ask for 0 or more")
+        with self._usable():
+            self._fit(frozenset((slot_bytes,)))
+            slots = [slot for _ in range(num_slots) if (slot := self._allocate(slot_bytes)) is not None]
+            if len(slots) == num_slots:
+                return slots
+            for slot in slots:
+                self._free(slot)
+            raise PoolFull(
+                f"the host pool has {len(slots)} free slots of {slot_bytes} bytes, {num_slots} were asked for; "
+                f"free slots or give the pool more than {self.capacity_bytes} bytes"
+            )
+
+    def free(self, slot: Slot) -> None:
+        """Give a slot back. Its bytes stay untouched while a view or a transfer still uses them."""
+        with self._usable():
+            self._require_live(slot)
+            self._free(slot)
+
+    def slab_of(self, slot: Slot) -> int:
+        """The slab of a slot. Other slot sizes get its bytes once all slots of the slab are free."""
+        with self._usable():
+            self._require_live(slot)
+            return self._slabs.slab_of(slot.offset)
+
+    def address(self, slot: Slot) -> int:
+        """Where a slot starts, in units of 512 bytes."""
+        with self._usable():
+            self._require_live(slot)
+            return slot.offset // ADDRESS_UNIT_BYTES
+
+    def view(self, slot: Slot) -> memoryview:
+        """The bytes of a slot, writable. They stay this slot's while the view lives, even if it is freed."""
+        with self._usable():
+            self._require_live(slot)
+            array = self._arena.view(slot.offset, slot.num_bytes)
+            self._pin(slot)
+            end = weakref.finalize(array, self._ended_views.append, slot)
+            end.atexit = False
+            return memoryview(array)
+
+    # -- for transfers ------------------------------------------------------------------------------------
+
+    @property
+    def pool_id(self) -> int:
+        """The number compiled programs know this pool by; used again by another pool after this one."""
+        return self._arena.pool_id
+
+    def token(self) -> npt.NDArray[np.int32]:
+        """A first token for pool ops, shape ``(1,)``. It names the pool's generation: an op that is given the
+        token of a closed pool moves nothing."""
+        return np.array([self._arena.generation], np.int32)
+
+    def arena_bytes(self) -> npt.NDArray[np.uint8]:
+        """All bytes of the arena, for a backend that copies on the host. Keeps the memory alive, pins no slot."""
+        with self._usable():
+            arena: npt.NDArray[np.uint8] = self._arena.view(0, self._arena.num_bytes)
+            return arena
+
+    def pin(self, slots: Iterable[Slot]) -> list[int]:
+        """Keep the bytes of ``slots`` theirs until ``unpin``, and return their addresses (512-byte units).
+
+        Raises :class:`SlotError` and pins nothing if one of them is not a slot in use.
+        """
+        slots = list(slots)
+        with self._usable():
+            for slot in slots:
+                self._require_live(slot)
+            for slot in slots:
+                self._pin(slot)
+        return [slot.offset // ADDRESS_UNIT_BYTES for slot in slots]
+
+    def unpin(self, slots: Iterable[Slot]) -> None:
+        """End what ``pin`` began. Allowed on a closed pool."""
+        with self._lock:
+            for slot in slots:
+                self._unpin(slot)
+
+    # -- inside the lock ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        """Holds the lock of this pool, if it is open and of this process."""
+        self._require_own_process()
+        with self._lock:
+            if self._closed:
+                raise PoolClosedError("the host pool was closed; open a new one")
+            self._end_views()
+            yield
+
+    def _require_own_process(self) -> None:
+        if os.getpid() != self._creator:
+            raise PoolForkedError(
+                f"this host pool belongs to process {self._creator}, not to its child {os.getpid()}; "
+                "open a pool of your own after fork"
+            )
+
+    def _require_live(self, slot: Slot) -> None:
+        if self._live.get(slot.offset) != slot:
+            raise SlotError(f"{slot} is not in use in this pool: it was freed, or is a slot of another pool")
+
+    def _fit(self, slot_sizes: frozenset[int]) -> None:
+        if slot_sizes <= self._slot_sizes:
+            return
+        wanted = self._slot_sizes | slot_sizes
+        if self._slabs.used_bytes == 0:
+            slab_bytes = choose_slab_bytes(self.capacity_bytes, wanted)
+            self._slabs = SlabAllocator(self.capacity_bytes, slab_bytes)
+        elif not all(self._slabs.slots_per_slab(size) for size in slot_sizes):
+            raise ConfigError(
+                f"slots of {max(slot_sizes)} bytes do not fit the pool's slabs of {self._slabs.slab_bytes} bytes; "
+                "name all slot sizes with fit_slabs() before the first slot is reserved"
+            )
+        self._slot_sizes = wanted
+
+    def _allocate(self, slot_bytes: int) -> Slot | None:
+        offset = self._slabs.allocate(slot_bytes)
+        if offset is None:
+            return None
+        slot = Slot(offset, slot_bytes, next(_epochs))
+        self._live[offset] = slot
+        return slot
+
+    def _free(self, slot: Slot) -> None:
+        del self._live[slot.offset]
+        if self._pins.get(slot.offset):
+            self._freed_while_pinned.add(slot.offset)
+        else:
+            self._slabs.free(slot.offset)
+
+    def _pin(self, slot: Slot) -> None:
+        self._pins[slot.offset] = self._pins.get(slot.offset, 0) + 1
+
+    def _unpin(self, slot: Slot) -> None:
+        self._pins[slot.offset] -= 1
+        if self._pins[slot.offset]:
+            return
+        del self._pins[slot.offset]
+        if slot.offset in self._freed_while_pinned:
+            self._freed_while_pinned.remove(slot.offset)
+            self._slabs.free(slot.offset)
+
+    def _end_views(self) -> None:
+        while self._ended_views:
+            self._unpin(self._ended_views.popleft())
+
+
+def _require_capacity(capacity_bytes: int) -> None:
+    if isinstance(capacity_bytes, bool) or not isinstance(capacity_bytes, int) or capacity_bytes < 1:
+        raise ConfigError(f"a host pool needs a positive whole number of bytes, got {capacity_bytes!r}")
+    if capacity_bytes > MAX_CAPACITY_BYTES:
+        raise ConfigError(
+            f"a host pool holds at most {MAX_CAPACITY_BYTES} bytes, got {capacity_bytes}; use several pools"
+        )
+    limit = memory_limit_bytes()
+    if capacity_bytes > limit:
+        raise ConfigError(
+            f"a host pool of {capacity_bytes} bytes is more than the {limit} bytes of memory this process may "
+            "use; give it less than that"
+        )

@@ -1,0 +1,49 @@
+"""Finds backends by name or dotted path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from jaxkv.errors import ConfigError
+from jaxkv.offload.base import OffloadingSpec
+from jaxkv.offload.policies import load_class
+from jaxkv.spec import KVCacheConfig
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class BackendOptions:
+    """What every backend is made from. ``extra`` is the backend's own business."""
+
+    kv_cache_config: KVCacheConfig
+    host_bytes: int
+    blocks_per_chunk: int = 1
+    eviction_policy: str = "lru"
+    transfer_backend: str = "auto"
+    enable_events: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _make_host(options: BackendOptions) -> OffloadingSpec:
+    from jaxkv.offload.host import HostOffloadingSpec  # noqa: PLC0415 - other backends need no native code
+
+    return HostOffloadingSpec(options)
+
+
+_BACKENDS: dict[str, Callable[[BackendOptions], OffloadingSpec]] = {"host": _make_host}
+
+
+def make_offloading_spec(name: str, options: BackendOptions) -> OffloadingSpec:
+    """The backend called ``name``: ``"host"``, or the dotted path of an ``OffloadingSpec`` (vLLM: its factory).
+
+    A class is called with ``options`` alone. Raises ``ConfigError`` for a name that is neither.
+    """
+    if name in _BACKENDS:
+        return _BACKENDS[name](options)
+    backend = load_class(name, OffloadingSpec, f"backend: one of {sorted(_BACKENDS)}")
+    made = backend(options)
+    if not isinstance(made, OffloadingSpec):
+        raise ConfigError(f"{name!r} made {made!r}, which is no OffloadingSpec")
+    return made

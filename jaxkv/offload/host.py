@@ -1,0 +1,82 @@
+"""The host memory backend: one pool, the manager that divides it and the worker that fills it."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+from jaxkv.canonical import RECORD_ALIGNMENT, canonicalize
+from jaxkv.errors import CacheMismatchError, ConfigError
+from jaxkv.host_pool import HostPool
+from jaxkv.offload.base import OffloadingSpec
+from jaxkv.offload.claims import claim, release
+from jaxkv.offload.factory import BackendOptions
+from jaxkv.offload.host_manager import HostOffloadingManager
+from jaxkv.offload.host_worker import HostOffloadingWorker
+from jaxkv.offload.policies import find_policy
+from jaxkv.transfer import BlockTransfer
+
+
+@final
+class HostOffloadingSpec(OffloadingSpec):
+    """Chunks in host memory (vLLM: ``CPUOffloadingSpec``).
+
+    ``pool`` is a pool to use instead of one of ``options.host_bytes``; it stays open at the end. Raises
+    ``ConfigError`` where the pool cannot hold one chunk of every group, ``PoolInUseError`` where another
+    backend has the pool.
+    """
+
+    def __init__(self, options: BackendOptions, *, pool: HostPool | None = None) -> None:
+        if options.extra:
+            raise ConfigError(f"the host backend has no further options, got {sorted(options.extra)}")
+        make_policy = find_policy(options.eviction_policy)
+        self._options = options
+        self._record_bytes = [
+            -(-group.page_size_bytes // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
+            for group in options.kv_cache_config.groups
+        ]
+        self._own_pool = HostPool(options.host_bytes) if pool is None else None
+        self._pool = pool if self._own_pool is None else self._own_pool
+        assert self._pool is not None
+        claim(self._pool)
+        try:
+            slot_bytes = [size * options.blocks_per_chunk for size in self._record_bytes]
+            self._manager = HostOffloadingManager(
+                self._pool, slot_bytes, make_policy, enable_events=options.enable_events
+            )
+        except BaseException:
+            self._close_pool()
+            raise
+
+    @property
+    def pool(self) -> HostPool:
+        """The pool the chunks are in."""
+        return self._pool
+
+    def get_manager(self) -> HostOffloadingManager:
+        """See :class:`OffloadingSpec`."""
+        return self._manager
+
+    def get_worker(self, kv_caches: Any) -> HostOffloadingWorker:
+        """See :class:`OffloadingSpec`. Raises ``CacheMismatchError`` for caches the config does not describe."""
+        options = self._options
+        canonical = canonicalize(kv_caches, options.kv_cache_config)
+        found = [group.record_bytes for group in canonical.groups]
+        if found != self._record_bytes:
+            raise CacheMismatchError(
+                f"the caches keep {found} bytes per block in their groups, the specs say {self._record_bytes}; "
+                "set page_size_bytes of the specs to what a block really stores"
+            )
+        transfer = BlockTransfer(
+            canonical, self._pool, blocks_per_chunk=options.blocks_per_chunk, backend=options.transfer_backend
+        )
+        return HostOffloadingWorker(transfer, options.blocks_per_chunk)
+
+    def shutdown(self) -> None:
+        """See :class:`OffloadingSpec`. A pool that was handed in stays open."""
+        self._manager.shutdown()
+        self._close_pool()
+
+    def _close_pool(self) -> None:
+        release(self._pool)
+        if self._own_pool is not None:
+            self._own_pool.close()

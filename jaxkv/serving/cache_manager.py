@@ -1,0 +1,235 @@
+"""Block tables of the requests that hold blocks, one per group, over the groups' block pools.
+
+Decides which blocks a step needs, takes them all or none, gives back what no later token reads, and makes
+complete, computed blocks findable. Knows no queues and no arrays of the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import assert_never, final
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxkv.hits import HitGroup, first_needed_block, longest_hit, required_chunks
+from jaxkv.keys import BlockHash, BlockId, GroupId
+from jaxkv.serving.block_pool import BlockPool
+from jaxkv.serving.chunking import Chunk
+from jaxkv.serving.request import Request
+from jaxkv.serving.sizing import ceil_div
+from jaxkv.spec import FullAttentionSpec, KVCacheConfig, LayerSpec, MambaSpec, SlidingWindowSpec
+
+
+@final
+class BlockTable:
+    """The blocks of one request in one group: ``row`` (max_blocks,) int32, -1 where it holds none.
+
+    Entries below ``first_held`` were given back; those from ``length`` on were never taken.
+    """
+
+    __slots__ = ("first_held", "length", "row")
+
+    def __init__(self, max_blocks: int) -> None:
+        self.row = np.full(max_blocks, -1, np.int32)
+        self.first_held = 0
+        self.length = 0
+
+    def put(self, index: int, block: BlockId) -> None:
+        """Hold ``block`` at ``index``; entries skipped over stay holes."""
+        assert self.row[index] < 0, f"entry {index} holds block {self.row[index]} already"
+        self.row[index] = block
+        self.length = max(self.length, index + 1)
+
+    def block_ids(self, first: int = 0) -> list[BlockId | None]:
+        """Entries from ``first`` on, holes as ``None``."""
+        return [BlockId(block) if block >= 0 else None for block in self.row[first : self.length].tolist()]
+
+
+def blocks_of_step(spec: LayerSpec, chunk: Chunk, num_tokens: int) -> Sequence[int]:
+    """Table entries that must hold blocks while ``chunk`` is computed.
+
+    Full attention takes the blocks of all known tokens at once, so that an admitted prompt never waits for
+    more of them.
+    """
+    match spec:
+        case FullAttentionSpec():
+            return range(ceil_div(num_tokens, spec.block_size))
+        case SlidingWindowSpec():
+            return range(first_needed_block(spec, chunk.start), ceil_div(chunk.end, spec.block_size))
+        case MambaSpec():
+            written = (chunk.end - 1) // spec.block_size
+            read = (chunk.start - 1) // spec.block_size if chunk.start else written
+            return (read,) if read == written else (read, written)
+        case _:
+            assert_never(spec)
+
+
+@final
+@dataclass(slots=True)
+class _RequestTables:
+    """Tables of one request, how many of its tokens are findable, and what the connector has been told."""
+
+    tables: tuple[BlockTable, ...]
+    registered_tokens: int
+    reported: tuple[int, ...]
+
+
+@final
+class CacheManager:
+    """Tables and pools of all groups. ``max_tokens`` is the longest sequence; it fixes the table width."""
+
+    def __init__(self, config: KVCacheConfig, max_tokens: int) -> None:
+        self.config = config
+        self.specs = tuple(group.spec for group in config.groups)
+        self.pools = tuple(BlockPool(group.num_blocks) for group in config.groups)
+        self.max_blocks = tuple(ceil_div(max_tokens, spec.block_size) for spec in self.specs)
+        self._hit_groups = tuple(HitGroup(spec, spec.block_size) for spec in self.specs)
+        self._hashes_per_block = tuple(spec.block_size // config.hash_block_size for spec in self.specs)
+        self._held: dict[str, _RequestTables] = {}
+
+    @property
+    def num_evictions(self) -> int:
+        """Cached prefixes' blocks that were taken for new content, over all groups."""
+        return sum(pool.num_evictions for pool in self.pools)
+
+    def find_hit(self, request: Request) -> int:
+        """Tokens of the longest prefix that every group holds; at least one token is left to compute."""
+
+        def present(group: GroupId, index: int) -> bool:
+            return self._find(request, group, index) is not None
+
+        return longest_hit(self._hit_groups, 0, request.num_tokens - 1, self.config.alignment_tokens, present)
+
+    def admit(self, request: Request, device_hit: int, boundary: int, chunk: Chunk) -> bool:
+        """Take blocks for a request that holds none: all of them, or ``False`` and nothing changed.
+
+        Tokens ``[0, device_hit)`` come from cached blocks; new blocks await the load of
+        ``[device_hit, boundary)``; more new blocks serve ``chunk``, the first to be computed.
+        """
+        assert request.request_id not in self._held, f"{request.request_id} holds blocks already"
+        plans = [
+            self._plan_admission(request, GroupId(group), device_hit, boundary, chunk)
+            for group in range(len(self.pools))
+        ]
+        for pool, (cached, fresh) in zip(self.pools, plans, strict=True):
+            if len(fresh) > pool.num_free - sum(pool.is_free(block) for block in cached.values()):
+                return False
+        tables = tuple(BlockTable(max_blocks) for max_blocks in self.max_blocks)
+        # Known to the manager before any block is taken, so that release() finds what an exception left.
+        self._held[request.request_id] = _RequestTables(tables, device_hit, (0,) * len(tables))
+        for pool, table, (cached, fresh) in zip(self.pools, tables, plans, strict=True):
+            for index, block in cached.items():
+                pool.acquire(block)
+                table.put(index, block)
+            for index in fresh:
+                table.put(index, pool.allocate())
+        return True
+
+    def extend(self, request: Request, chunk: Chunk) -> bool:
+        """Take the blocks ``chunk`` needs beyond those held: all of them, or ``False`` with none taken.
+
+        First gives back what neither this nor a later token reads.
+        """
+        tables = self._held[request.request_id].tables
+        self._release_unread(tables, chunk.start)
+        wanted = [
+            [index for index in blocks_of_step(spec, chunk, request.num_tokens) if index >= table.length]
+            for spec, table in zip(self.specs, tables, strict=True)
+        ]
+        if any(len(new) > pool.num_free for new, pool in zip(wanted, self.pools, strict=True)):
+            return False
+        for pool, table, new in zip(self.pools, tables, wanted, strict=True):
+            for index in new:
+                table.put(index, pool.allocate())
+        return True
+
+    def register(self, request: Request, num_tokens: int) -> None:
+        """The first ``num_tokens`` tokens are computed or loaded: make their complete blocks findable.
+
+        A state is cached only here, at the end of a step, and only if that end is a block boundary.
+        """
+        held = self._held[request.request_id]
+        for group, (spec, table) in enumerate(zip(self.specs, held.tables, strict=True)):
+            done = num_tokens // spec.block_size
+            if isinstance(spec, MambaSpec):
+                first = done - 1 if num_tokens % spec.block_size == 0 else done
+            else:
+                first = held.registered_tokens // spec.block_size
+            for index in range(max(first, table.first_held, 0), done):
+                if table.row[index] >= 0:
+                    block = BlockId(int(table.row[index]))
+                    self.pools[group].register(block, self._hash(request, GroupId(group), index))
+        held.registered_tokens = max(held.registered_tokens, num_tokens)
+
+    def release(self, request: Request) -> None:
+        """Give back all blocks of a request, its last ones to be evicted first. Safe if it holds none."""
+        held = self._held.pop(request.request_id, None)
+        if held is None:
+            return
+        for pool, table in zip(self.pools, held.tables, strict=True):
+            for index in reversed(range(table.first_held, table.length)):
+                if table.row[index] >= 0:
+                    pool.release(BlockId(int(table.row[index])))
+
+    def holds(self, request: Request) -> bool:
+        """Whether the request has tables."""
+        return request.request_id in self._held
+
+    def row(self, request: Request, group: int) -> npt.NDArray[np.int32]:
+        """The live table row of one group, (max_blocks,) int32; not to be written."""
+        return self._held[request.request_id].tables[group].row
+
+    def all_tables(self, request: Request) -> list[list[BlockId | None]]:
+        """Complete tables for the connector; from here on only what is new is told. Empty if none held."""
+        held = self._held.get(request.request_id)
+        if held is None:
+            return [[] for _ in self.pools]
+        held.reported = tuple(table.length for table in held.tables)
+        return [table.block_ids() for table in held.tables]
+
+    def new_tables(self, request: Request) -> list[list[BlockId | None]] | None:
+        """Entries appended since the connector was last told, or ``None`` if there are none."""
+        held = self._held[request.request_id]
+        lengths = tuple(table.length for table in held.tables)
+        if lengths == held.reported:
+            return None
+        new = [table.block_ids(first) for table, first in zip(held.tables, held.reported, strict=True)]
+        held.reported = lengths
+        return new
+
+    def clear_cache(self) -> None:
+        """Forget every cached prefix; running requests keep their blocks."""
+        for pool in self.pools:
+            pool.clear_cache()
+
+    def _plan_admission(
+        self, request: Request, group: GroupId, device_hit: int, boundary: int, chunk: Chunk
+    ) -> tuple[dict[int, BlockId], list[int]]:
+        """Entries filled from the prefix cache, and entries that need a new block."""
+        spec = self.specs[group]
+        needed = required_chunks(self._hit_groups[group], boundary)
+        cached = {}
+        for index in needed:
+            if index < device_hit // spec.block_size:
+                block = self._find(request, group, index)
+                assert block is not None, f"group {group} lost block {index} of a hit of {device_hit} tokens"
+                cached[index] = block
+        entries = sorted({*needed, *blocks_of_step(spec, chunk, request.num_tokens)})
+        return cached, [index for index in entries if index not in cached]
+
+    def _release_unread(self, tables: tuple[BlockTable, ...], num_computed: int) -> None:
+        for spec, pool, table in zip(self.specs, self.pools, tables, strict=True):
+            first = min(first_needed_block(spec, num_computed), table.length)
+            for index in range(table.first_held, first):
+                if table.row[index] >= 0:
+                    pool.release(BlockId(int(table.row[index])))
+                    table.row[index] = -1
+            table.first_held = max(table.first_held, first)
+
+    def _hash(self, request: Request, group: GroupId, index: int) -> BlockHash:
+        return request.block_hashes[(index + 1) * self._hashes_per_block[group] - 1]
+
+    def _find(self, request: Request, group: GroupId, index: int) -> BlockId | None:
+        return self.pools[group].find(self._hash(request, group, index))

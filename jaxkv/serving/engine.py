@@ -1,0 +1,379 @@
+"""The engine: runs steps. Owns the device caches and the order of calls on the connector's worker side."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from jaxkv.connector.base import KVConnectorBase, KVConnectorMetadata, KVConnectorOutput
+from jaxkv.errors import ConfigError, DeletedCacheError, RequestError
+from jaxkv.keys import chain_root
+from jaxkv.serving.batch import make_sampling_batch, make_step_batch
+from jaxkv.serving.cache_manager import CacheManager
+from jaxkv.serving.chunking import ChunkRules
+from jaxkv.serving.interrupts import hold_interrupts
+from jaxkv.serving.model import KVCaches, Model
+from jaxkv.serving.no_connector import NoConnector
+from jaxkv.serving.programs import StepPrograms, StepShape
+from jaxkv.serving.request import Request, RequestOutput, RequestStatus, SamplingParams
+from jaxkv.serving.scheduler import ScheduledChunk, Scheduler, StepPlan
+from jaxkv.serving.sizing import DEFAULT_PREFILL_SHAPES, blocks_to_serve
+from jaxkv.spec import KVCacheConfig, MambaSpec
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Options of the loop.
+
+    ``max_num_seqs`` requests hold blocks at once. ``max_model_len`` caps prompt plus new tokens and fixes the
+    table width; ``None`` takes the model's. ``prefill_shapes`` are the token counts prefill is compiled for.
+    ``prefill_budget`` caps prompt tokens of one step; ``None`` takes the largest shape. ``salt`` separates
+    tenants in the cache keys.
+    """
+
+    max_num_seqs: int = 8
+    max_model_len: int | None = None
+    prefill_shapes: tuple[int, ...] = DEFAULT_PREFILL_SHAPES
+    prefill_budget: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    salt: str = ""
+
+    def __post_init__(self) -> None:
+        if self.max_num_seqs < 1:
+            raise ConfigError(f"max_num_seqs must be at least 1, got {self.max_num_seqs}")
+        shapes = self.prefill_shapes
+        if not shapes or shapes[0] < 2 or any(a >= b for a, b in itertools.pairwise(shapes)):
+            raise ConfigError(f"prefill_shapes must ascend and be at least 2, got {shapes}")
+        if self.prefill_budget is not None and self.prefill_budget < shapes[0]:
+            raise ConfigError(
+                f"prefill_budget is {self.prefill_budget}, less than the smallest prefill shape {shapes[0]}"
+            )
+
+    @property
+    def decode_rows(self) -> tuple[int, ...]:
+        """Row counts decode is compiled for: powers of two, and the largest batch."""
+        powers = itertools.takewhile(lambda rows: rows < self.max_num_seqs, (2**i for i in itertools.count()))
+        return (*powers, self.max_num_seqs)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters since the engine was made."""
+
+    num_steps: int
+    num_compilations: int
+    num_preemptions: int
+    device_evictions: int
+
+
+@final
+class LLMEngine:
+    """Serves requests of one model over paged caches, with or without a connector.
+
+    An exception in :meth:`step` (a Ctrl-C included) costs no request: those that held blocks are queued
+    again and recompute what the device cache no longer has. The caller may go on with :meth:`step`, or
+    :meth:`abort` what it no longer wants. Outputs of requests that had finished come with the next step.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cache_config: KVCacheConfig,
+        config: EngineConfig | None = None,
+        connector: KVConnectorBase | None = None,
+    ) -> None:
+        config = EngineConfig() if config is None else config
+        self.config = config
+        self.cache_config = cache_config
+        self.connector = NoConnector() if connector is None else connector
+        self.max_model_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
+        self.kv_caches: KVCaches = model.init_caches(cache_config)
+        self._model = model
+        self._hash_root = chain_root(_fingerprint(model, cache_config), config.salt)
+        self._cache = CacheManager(cache_config, self.max_model_len)
+        self._programs = StepPrograms(model)
+        self._ids = itertools.count()
+        self._num_steps = 0
+        self._outputs: list[RequestOutput] = []
+        self._undelivered: KVConnectorMetadata | None = None
+        self._scheduler = Scheduler(
+            self._cache,
+            _chunk_rules(config, cache_config),
+            self.connector,
+            max_num_seqs=config.max_num_seqs,
+            prefill_budget=config.prefill_budget or config.prefill_shapes[-1],
+        )
+        self.connector.register_kv_caches(self.kv_caches)
+
+    # -- requests ---------------------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+    ) -> str:
+        """Queue a prompt and answer its id.
+
+        Raises :class:`RequestError` for an empty prompt, unknown tokens, a used id, or a request that the
+        model or the whole cache is too small for.
+        """
+        params = SamplingParams() if params is None else params
+        if request_id is None:
+            request_id = next(key for key in map(str, self._ids) if key not in self._scheduler)
+        self._check_request(prompt_ids, params, request_id)
+        request = Request(
+            request_id,
+            prompt_ids,
+            params,
+            hash_root=self._hash_root,
+            hash_block_size=self.cache_config.hash_block_size,
+            arrival_s=time.perf_counter(),
+        )
+        self._scheduler.add(request)
+        return request_id
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request at any stage; what it had produced, or ``None`` if it is unknown or over."""
+        request = self._scheduler.finish(request_id, RequestStatus.ABORTED)
+        return None if request is None else request.make_output()
+
+    def abort_all(self) -> list[RequestOutput]:
+        """Abort every unfinished request."""
+        outputs = [self.abort(request_id) for request_id in self._scheduler.unfinished_ids]
+        return [output for output in outputs if output is not None]
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether :meth:`step` has requests to work on."""
+        return self._scheduler.has_unfinished
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[RequestOutput]:
+        """Serve all prompts to their end and let the connector finish its work; outputs in prompt order.
+
+        If it raises, none of these requests is left behind.
+        """
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        ids: list[str] = []
+        outputs: dict[str, RequestOutput] = {}
+        try:
+            for prompt, prompt_params in zip(prompts, each, strict=True):
+                ids.append(self.add_request(prompt, prompt_params))
+            while not outputs.keys() >= set(ids):
+                outputs.update((output.request_id, output) for output in self.step())
+        except BaseException:
+            for request_id in ids:
+                self.abort(request_id)
+            raise
+        self.flush()
+        return [outputs[request_id] for request_id in ids]
+
+    # -- steps ------------------------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step and answer the requests that finished.
+
+        Raises :class:`DeletedCacheError` if a failed program consumed the caches; they are empty then, and
+        the next step recomputes.
+        """
+        self._guarded_step()
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def flush(self) -> None:
+        """Make steps until the connector has nothing left to do. Finished outputs come with the next step."""
+        while self._scheduler.has_loose_ends:
+            self._guarded_step()
+
+    def warmup(self) -> None:
+        """Compile every program a request can need."""
+        shapes = [StepShape(rows, 1, samples=True) for rows in self.config.decode_rows]
+        for tokens in self.config.prefill_shapes:
+            shapes += [StepShape(1, tokens, samples=True), StepShape(1, tokens, samples=False)]
+        for shape in shapes:
+            self._compile(shape)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes of the device; the connector keeps what it stored."""
+        self._cache.clear_cache()
+
+    def shutdown(self) -> None:
+        """Abort what runs, let transfers end and shut the connector down. Safe to call twice."""
+        self.abort_all()
+        self.flush()
+        self.connector.shutdown()
+
+    @property
+    def num_compilations(self) -> int:
+        """Step programs compiled so far; constant after :meth:`warmup`."""
+        return self._programs.num_compilations
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counters so far."""
+        return EngineStats(
+            num_steps=self._num_steps,
+            num_compilations=self.num_compilations,
+            num_preemptions=self._scheduler.num_preemptions,
+            device_evictions=self._cache.num_evictions,
+        )
+
+    def _guarded_step(self) -> None:
+        with hold_interrupts():
+            try:
+                self._run_step()
+            except BaseException as error:
+                self._recover(error)
+                raise
+
+    def _run_step(self) -> None:
+        self._num_steps += 1
+        self._deliver_metadata()
+        plan = self._scheduler.schedule()
+        self._undelivered = plan.metadata
+        self._deliver_metadata()
+        sampled = self._forward(plan)
+        self.kv_caches = dict(self.connector.wait_for_save(self.kv_caches))
+        results = self._transfer_results(plan)
+        now_s = time.perf_counter()
+        for part in self._scheduler.update(plan, results):
+            token, logits = sampled[part.request.request_id]
+            self._take_token(part.request, token, logits, now_s)
+
+    def _deliver_metadata(self) -> None:
+        """Hand the worker side its part of the step; again in the next step if this one breaks off before."""
+        if self._undelivered is None:
+            return
+        metadata = self._undelivered
+        self.kv_caches = dict(self.connector.handle_preemptions(self.kv_caches, metadata))
+        self.connector.bind_connector_metadata(metadata)
+        self.kv_caches = dict(self.connector.start_load_kv(self.kv_caches))
+        self._undelivered = None
+
+    def _forward(self, plan: StepPlan) -> Mapping[str, tuple[int, npt.NDArray[np.float32] | None]]:
+        """Run the step's programs; per sampling request the next token, and its logits where wanted."""
+        results = [self._run_program((part,), part.chunk.shape) for part in plan.prefills]
+        if plan.decodes:
+            results.append(self._run_program(plan.decodes, 1))
+        sampled = {}
+        for parts, tokens, logits in results:
+            for row, (part, token) in enumerate(zip(parts, np.asarray(tokens).tolist(), strict=False)):
+                kept = np.asarray(logits[row]) if part.request.params.return_logits else None
+                sampled[part.request.request_id] = (token, kept)
+        return sampled
+
+    def _run_program(
+        self, parts: tuple[ScheduledChunk, ...], tokens: int
+    ) -> tuple[tuple[ScheduledChunk, ...], Any, Any]:
+        rows = next(rows for rows in self.config.decode_rows if rows >= len(parts))
+        shape = StepShape(rows, tokens, samples=parts[0].samples)
+        self._compile(shape)
+        batch = make_step_batch(self._cache, parts, shape)
+        if not shape.samples:
+            self.kv_caches = self._programs.fill(shape, self.kv_caches, batch)
+            return (), (), ()
+        sampling = make_sampling_batch(parts, rows)
+        new_tokens, logits, self.kv_caches = self._programs.run(shape, self.kv_caches, batch, sampling)
+        return parts, new_tokens, logits
+
+    def _transfer_results(self, plan: StepPlan) -> KVConnectorOutput:
+        results = self.connector.get_transfer_results(plan.output.finished_req_ids)
+        worker_meta = self.connector.build_connector_worker_meta()
+        self.connector.clear_connector_metadata()
+        return results if worker_meta is None else replace(results, worker_meta=worker_meta)
+
+    def _take_token(
+        self, request: Request, token: int, logits: npt.NDArray[np.float32] | None, now_s: float
+    ) -> None:
+        request.append_token(token, now_s)
+        if logits is not None:
+            request.logits.append(logits)
+        if request.is_complete(frozenset(self.config.eos_token_ids)):
+            try:
+                self._scheduler.finish(request.request_id, RequestStatus.FINISHED)
+            finally:
+                self._outputs.append(request.make_output())
+
+    def _compile(self, shape: StepShape) -> None:
+        batch = make_step_batch(self._cache, (), shape)
+        self._programs.compile(shape, self.kv_caches, batch, make_sampling_batch((), shape.rows))
+
+    def _recover(self, error: BaseException) -> None:
+        lost = _is_lost(self.kv_caches)
+        self._scheduler.restart_all(caches_lost=lost)
+        if not lost:
+            return
+        self.kv_caches = self._model.init_caches(self.cache_config)
+        if isinstance(error, Exception):
+            raise DeletedCacheError(
+                "a step failed after its program had consumed the KV caches, so their content is lost; they "
+                "are empty again and every request will be recomputed: call step() to go on or abort_all()"
+            ) from error
+
+    # -- checks -----------------------------------------------------------------------------------------
+
+    def _check_request(self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str) -> None:
+        if request_id in self._scheduler:
+            raise RequestError(
+                f"request id {request_id!r} is in use; choose another or wait until it is over"
+            )
+        if len(prompt_ids) == 0:
+            raise RequestError("the prompt is empty; pass at least one token")
+        vocab_size = self._model.vocab_size
+        if not 0 <= min(prompt_ids) <= max(prompt_ids) < vocab_size:
+            raise RequestError(
+                f"prompt tokens must lie in [0, {vocab_size}), got {min(prompt_ids)} to {max(prompt_ids)}"
+            )
+        num_tokens = len(prompt_ids) + params.max_new_tokens
+        if num_tokens > self.max_model_len:
+            raise RequestError(
+                f"{len(prompt_ids)} prompt tokens and {params.max_new_tokens} new ones are more than the "
+                f"{self.max_model_len} a sequence may have; shorten the prompt or raise max_model_len"
+            )
+        for group in self.cache_config.groups:
+            # The last new token is never an input, so it needs no room.
+            needed = blocks_to_serve(group.spec, num_tokens - 1, chunk_tokens=1)
+            if needed > group.num_blocks:
+                raise RequestError(
+                    f"a request of {num_tokens} tokens needs {needed} blocks of {type(group.spec).__name__} "
+                    f"but the cache has {group.num_blocks}; {needed * group.page_size_bytes} bytes for this "
+                    f"group would suffice"
+                )
+
+
+def _chunk_rules(config: EngineConfig, cache_config: KVCacheConfig) -> ChunkRules:
+    return ChunkRules(
+        shapes=config.prefill_shapes,
+        block_size=cache_config.alignment_tokens,
+        smallest_block=cache_config.hash_block_size,
+        stop_at_blocks=any(isinstance(group.spec, MambaSpec) for group in cache_config.groups),
+    )
+
+
+def _fingerprint(model: Model, cache_config: KVCacheConfig) -> str:
+    """Names everything that shapes the cached bytes; block counts do not."""
+    groups = [(group.layer_names, repr(group.spec)) for group in cache_config.groups]
+    return f"{model.name}|{groups}"
+
+
+def _is_lost(kv_caches: KVCaches) -> bool:
+    leaves = jax.tree.leaves(kv_caches)
+    if any(leaf.is_deleted() for leaf in leaves):
+        return True
+    try:
+        for leaf in leaves:
+            leaf.block_until_ready()
+    except jax.errors.JaxRuntimeError:
+        return True
+    return False

@@ -1,0 +1,288 @@
+"""`BlockTransfer` moves blocks of a model's caches to slots of a host pool and back. Knows ids and bytes, no requests."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self, final, overload
+
+import jax
+import numpy as np
+from numpy.typing import ArrayLike
+
+from jaxkv.canonical import CanonicalKVCaches, GroupPages
+from jaxkv.errors import BlockIdError, CacheMismatchError, ConfigError, NativeError
+from jaxkv.host_pool import HostPool, Slot
+from jaxkv.keys import GroupId
+from jaxkv.transfer.backends import CpuBackend, TransferBackend, XlaBackend
+from jaxkv.transfer.checks import (
+    Entries,
+    bucket_size,
+    check_block_ids,
+    check_no_repeats,
+    check_slots,
+    check_slots_differ,
+    make_entries,
+)
+from jaxkv.transfer.status import make_status
+from jaxkv.transfer.ticket import Status, Ticket
+
+
+KVCaches = Mapping[str, Any]
+
+
+class CopiedCacheWarning(UserWarning):
+    """A restore could not work in place: XLA copied whole cache leaves first."""
+
+
+@final
+class SlotLease(Sequence[Slot]):
+    """Slots that are freed when the ``with`` block ends, unless ``keep`` was called."""
+
+    def __init__(self, transfer: BlockTransfer, slots: Sequence[Slot]) -> None:
+        self._transfer = transfer
+        self._slots = tuple(slots)
+        self._kept = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._kept and not self._transfer.pool.closed:
+            self._transfer.release(self._slots)
+
+    def keep(self) -> tuple[Slot, ...]:
+        """Hand the slots over; ``BlockTransfer.release`` frees them."""
+        self._kept = True
+        return self._slots
+
+    @overload
+    def __getitem__(self, index: int) -> Slot: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Slot, ...]: ...
+    def __getitem__(self, index: int | slice) -> Slot | tuple[Slot, ...]:
+        return self._slots[index]
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+
+@final
+class BlockTransfer:
+    """Copies blocks between the caches ``canonical`` describes and slots of ``pool``.
+
+    A slot holds a chunk: ``blocks_per_chunk`` block records, one after another. ``backend`` is ``"cpu"`` (compiled
+    handlers, in place), ``"xla"`` (plain JAX, any platform) or ``"auto"``: the first of these that fits the
+    default platform. Transfers may be started from several threads. Whatever is refused raises before anything is
+    dispatched and leaves the caches usable.
+
+    Raises :class:`ConfigError` for options that cannot work and :class:`NativeError` for a backend this build
+    does not have.
+    """
+
+    def __init__(
+        self,
+        canonical: CanonicalKVCaches,
+        pool: HostPool,
+        blocks_per_chunk: int = 1,
+        backend: str = "auto",
+    ) -> None:
+        if blocks_per_chunk < 1:
+            raise ConfigError(f"blocks_per_chunk must be at least 1, got {blocks_per_chunk}")
+        self.canonical = canonical
+        self.pool = pool
+        self.blocks_per_chunk = blocks_per_chunk
+        self._backend = make_backend(backend, pool, canonical)
+        self._lock = threading.Lock()
+        self._under_way: set[Ticket] = set()
+        self._num_copied_leaves = 0
+        pool.fit_slabs(self.chunk_bytes(GroupId(g)) for g in range(len(canonical.groups)))
+
+    def chunk_bytes(self, group: GroupId) -> int:
+        """Bytes of one slot of ``group``."""
+        return self.blocks_per_chunk * self._pages(group).record_bytes
+
+    @property
+    def num_copied_leaves(self) -> int:
+        """Leaves that restores could not write in place so far: 0 unless something else holds on to them."""
+        return self._num_copied_leaves
+
+    def reserve(self, group: GroupId, num_chunks: int) -> SlotLease:
+        """Slots for ``num_chunks`` chunks of ``group``. Raises :class:`PoolFull`, and then keeps nothing."""
+        self.settle()
+        return SlotLease(self, self.pool.reserve_slots(self.chunk_bytes(group), num_chunks))
+
+    def release(self, slots: Sequence[Slot]) -> None:
+        """Free kept slots. Waits for nothing: a slot in a running transfer frees when that ends."""
+        self.settle()
+        for slot in slots:
+            self.pool.free(slot)
+
+    def offload(
+        self,
+        kv_caches: KVCaches,
+        group: GroupId,
+        block_ids: ArrayLike,
+        slots: Sequence[Slot],
+        first_block: int = 0,
+    ) -> Ticket:
+        """Copy blocks of ``group`` to ``slots``: what they hold now, whatever is computed from the caches later.
+
+        ``block_ids[j]`` (-1 skips) is block ``first_block + j`` counted from the start of the first chunk. The
+        caches stay the caller's; they may be donated as soon as this returns.
+
+        Raises :class:`BlockIdError`, :class:`SlotError`, :class:`CacheMismatchError`,
+        :class:`DeletedCacheError`, :class:`PoolClosedError` or :class:`PoolForkedError`.
+        """
+        leaves = self._leaves(kv_caches, group)
+        check_slots_differ(slots)
+        entries = self._enter(group, block_ids, slots, first_block)
+        with self._unpinned_on_error(slots):
+            status = self._backend.offload(group, leaves, entries)
+        return self._start(group, entries, slots, status)
+
+    def prefetch(self, group: GroupId, slots: Sequence[Slot]) -> Ticket:
+        """Start moving slots towards the device, ahead of ``restore``. On the host platform nothing is to be done."""
+        no_blocks = np.zeros(0, np.int32)
+        return self._start(group, self._enter(group, no_blocks, slots, 0), slots, make_status())
+
+    def restore(
+        self,
+        kv_caches: KVCaches,
+        group: GroupId,
+        block_ids: ArrayLike,
+        slots: Sequence[Slot],
+        first_block: int = 0,
+    ) -> tuple[KVCaches, Ticket]:
+        """Copy chunks back into blocks of ``group``, in place. Go on with the caches returned.
+
+        Arguments and errors as for :meth:`offload`; a block named twice is a :class:`BlockIdError`. The leaves
+        of the group are consumed. Where something else holds one (a NumPy view does), XLA copies it whole; then
+        :class:`CopiedCacheWarning` is given once and ``num_copied_leaves`` counts.
+        """
+        leaves = self._leaves(kv_caches, group)
+        check_no_repeats(check_block_ids(block_ids, self._pages(group).num_blocks))
+        before = _require_distinct_buffers(leaves)
+        entries = self._enter(group, block_ids, slots, first_block)
+        with self._unpinned_on_error(slots):
+            written, status = self._backend.restore(group, leaves, entries)
+        self._count_copies(before, written)
+        restored = self.canonical.replace(kv_caches, group, written)
+        return restored, self._start(group, entries, slots, status)
+
+    def warm_up(self, kv_caches: KVCaches, max_blocks: int) -> KVCaches:
+        """Compile every program that transfers of up to ``max_blocks`` blocks need. Moves nothing.
+
+        Consumes ``kv_caches`` and returns those to go on with, unchanged.
+        """
+        for group in map(GroupId, range(len(self.canonical.groups))):
+            count = 1
+            while count <= bucket_size(max_blocks):
+                entries = make_entries(np.full(count, -1, np.int32), (0,) * count, self._pages(group), 1, 0)
+                leaves = self._leaves(kv_caches, group)
+                jax.block_until_ready(self._backend.offload(group, leaves, entries))
+                written, _ = self._backend.restore(group, leaves, entries)
+                kv_caches = self.canonical.replace(kv_caches, group, written)
+                count = bucket_size(count) + 1
+        return kv_caches
+
+    def settle(self) -> None:
+        """Let go of slots whose transfers have ended. Waits for nothing."""
+        with self._lock:
+            under_way = list(self._under_way)
+        for ticket in under_way:
+            if ticket.done():
+                ticket.wait()
+
+    def _pages(self, group: GroupId) -> GroupPages:
+        groups = self.canonical.groups
+        if not 0 <= group < len(groups):
+            raise ConfigError(f"there is no group {group}; the caches have groups 0 to {len(groups) - 1}")
+        return groups[group]
+
+    def _leaves(self, kv_caches: KVCaches, group: GroupId) -> list[jax.Array]:
+        self._pages(group)
+        leaves = self.canonical.group_leaves(kv_caches, group)
+        for leaf in leaves:
+            self._backend.require_reachable(leaf)
+        return leaves
+
+    def _enter(
+        self, group: GroupId, block_ids: ArrayLike, slots: Sequence[Slot], first_block: int
+    ) -> Entries:
+        """Checks ids and slots, pins the slots and makes the arrays of one program."""
+        pages = self._pages(group)
+        ids = check_block_ids(block_ids, pages.num_blocks)
+        if first_block < 0:
+            raise BlockIdError(f"first_block counts from the first chunk and cannot be {first_block}")
+        check_slots(slots, self.chunk_bytes(group), first_block + len(ids), self.blocks_per_chunk)
+        self.settle()
+        addresses = self.pool.pin(slots)
+        return make_entries(ids, addresses, pages, self.blocks_per_chunk, first_block)
+
+    @contextmanager
+    def _unpinned_on_error(self, slots: Sequence[Slot]) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.pool.unpin(slots)
+            raise
+
+    def _start(self, group: GroupId, entries: Entries, slots: Sequence[Slot], status: Status) -> Ticket:
+        def end() -> None:
+            self.pool.unpin(slots)
+            with self._lock:
+                self._under_way.discard(ticket)
+
+        ticket = Ticket(status, entries.num_blocks, self._pages(group).block_bytes, end)
+        with self._lock:
+            self._under_way.add(ticket)
+        if ticket.done():
+            ticket.wait()
+        return ticket
+
+    def _count_copies(self, before: Sequence[int], written: Sequence[jax.Array]) -> None:
+        copied = sum(old != new.unsafe_buffer_pointer() for old, new in zip(before, written, strict=True))
+        if not copied:
+            return
+        with self._lock:
+            first = self._num_copied_leaves == 0
+            self._num_copied_leaves += copied
+        if first:
+            warnings.warn(
+                f"a restore copied {copied} whole cache leaves, because something else still uses them (a NumPy or "
+                "DLPack view does); drop it before restoring",
+                CopiedCacheWarning,
+                stacklevel=3,
+            )
+
+
+def make_backend(name: str, pool: HostPool, canonical: CanonicalKVCaches) -> TransferBackend:
+    """The backend of that name. ``"auto"`` is ``"cpu"`` where JAX runs on the CPU, else ``"xla"``."""
+    if name == "auto":
+        name = "cpu" if jax.default_backend() == "cpu" else "xla"
+    match name:
+        case "cpu":
+            return CpuBackend(pool, canonical.groups)
+        case "xla":
+            return XlaBackend(pool, canonical.groups)
+        case "cuda":
+            raise NativeError("this build of jaxkv has no CUDA backend; use backend='xla' on a GPU")
+        case _:
+            raise ConfigError(f"unknown backend {name!r}; use 'auto', 'cpu', 'xla' or 'cuda'")
+
+
+def _require_distinct_buffers(leaves: Sequence[jax.Array]) -> list[int]:
+    """The address of each leaf. One buffer in two places cannot be donated twice."""
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in leaves]
+    if len(set(pointers)) != len(pointers):
+        raise CacheMismatchError(
+            "one array stands for two cache leaves that were separate when the caches were registered; "
+            "give each leaf an array of its own"
+        )
+    return pointers

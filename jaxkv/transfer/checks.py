@@ -1,0 +1,102 @@
+"""Checks a transfer before anything is dispatched, and turns it into padded arrays. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+import numpy.typing as npt
+from numpy.typing import ArrayLike
+
+from jaxkv.canonical import GroupPages
+from jaxkv.errors import BlockIdError, SlotError
+from jaxkv.host_pool import ADDRESS_UNIT_BYTES, Slot
+
+_SMALLEST_BUCKET = 8
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """What one program is given: int32 block ids and pool addresses, padded with -1 and 0 to a power of two."""
+
+    block_ids: npt.NDArray[np.int32]
+    addresses: npt.NDArray[np.int32]
+    num_blocks: int
+
+
+def bucket_size(count: int) -> int:
+    """The power of two that ``count`` entries are padded to, so that few lengths are ever compiled."""
+    return max(_SMALLEST_BUCKET, 1 << (count - 1).bit_length())
+
+
+def check_block_ids(block_ids: ArrayLike, num_blocks: int) -> npt.NDArray[np.int32]:
+    """``block_ids`` as int32, if every one is -1 or in ``range(num_blocks)``; else :class:`BlockIdError`."""
+    ids = np.asarray(block_ids)
+    if ids.size == 0:
+        return np.zeros(0, np.int32)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise BlockIdError(
+            f"block ids must be whole numbers of shape (n,), got {ids.dtype} of shape {ids.shape}"
+        )
+    outside = (ids < -1) | (ids >= num_blocks)
+    if outside.any():
+        at = int(np.flatnonzero(outside)[0])
+        raise BlockIdError(
+            f"block_ids[{at}] is {ids[at]}, but the group has blocks 0 to {num_blocks - 1}; -1 skips an entry"
+        )
+    return ids.astype(np.int32)
+
+
+def check_no_repeats(block_ids: npt.NDArray[np.int32]) -> None:
+    """Raises :class:`BlockIdError` if a block is named twice: which bytes it should hold would be open."""
+    ids = np.sort(block_ids[block_ids >= 0])
+    repeated = np.flatnonzero(ids[1:] == ids[:-1])
+    if repeated.size:
+        raise BlockIdError(f"block {ids[repeated[0]]} is named twice in one restore; name each block once")
+
+
+def check_slots(slots: Sequence[Slot], slot_bytes: int, num_entries: int, blocks_per_chunk: int) -> None:
+    """Raises :class:`SlotError` unless ``slots`` are enough chunks of the right size."""
+    needed = -(-num_entries // blocks_per_chunk)
+    if needed > len(slots):
+        raise SlotError(
+            f"{num_entries} blocks, counted from the start of the first chunk, need {needed} slots of "
+            f"{blocks_per_chunk} blocks, got {len(slots)}"
+        )
+    for slot in slots:
+        if slot.num_bytes != slot_bytes:
+            raise SlotError(
+                f"{slot} holds {slot.num_bytes} bytes, a chunk of this group takes {slot_bytes}; "
+                "reserve slots with BlockTransfer.reserve() for the same group"
+            )
+
+
+def check_slots_differ(slots: Sequence[Slot]) -> None:
+    """Raises :class:`SlotError` if a slot is named twice: two chunks would be written over each other."""
+    if len({slot.offset for slot in slots}) != len(slots):
+        raise SlotError("a slot is named twice in one offload; give each chunk a slot of its own")
+
+
+def make_entries(
+    block_ids: npt.NDArray[np.int32],
+    slot_addresses: Sequence[int],
+    pages: GroupPages,
+    blocks_per_chunk: int,
+    first_block: int,
+) -> Entries:
+    """Pads checked block ids and finds the address of each entry's record.
+
+    Entry ``j`` is block ``first_block + j`` counted from the start of the first chunk; chunks hold
+    ``blocks_per_chunk`` records one after another.
+    """
+    count = len(block_ids)
+    ids = np.full(bucket_size(count), -1, np.int32)
+    ids[:count] = block_ids
+    chunk, within = np.divmod(first_block + np.arange(count), blocks_per_chunk)
+    addresses = np.zeros(len(ids), np.int32)
+    bases = np.asarray(slot_addresses, np.int64)
+    addresses[:count] = bases[chunk] + within * (pages.record_bytes // ADDRESS_UNIT_BYTES)
+    return Entries(ids, addresses, int(np.count_nonzero(block_ids >= 0)))

@@ -1,0 +1,49 @@
+"""What an op reports: how many blocks it moved, how many it refused, and why."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import final
+
+import numpy as np
+import numpy.typing as npt
+
+
+@final
+class StatusEntry(IntEnum):
+    """Entries of the int32 status array, as ``ffi/handlers.h`` defines them."""
+
+    MOVED = 0
+    BAD_BLOCK = 1
+    REPEATED = 2
+    BAD_ADDRESS = 3
+    BAD_GEOMETRY = 4
+    NO_POOL = 5
+    NO_MEMORY = 6
+    ELAPSED_US = 7
+
+
+STATUS_SIZE = len(StatusEntry)
+
+_REASONS = {
+    StatusEntry.BAD_BLOCK: "block id outside the group",
+    StatusEntry.REPEATED: "block named twice in one write",
+    StatusEntry.BAD_ADDRESS: "record outside the pool or the staging array",
+    StatusEntry.BAD_GEOMETRY: "plans and leaves contradict each other",
+    StatusEntry.NO_POOL: "host pool closed, unknown or of another process",
+    StatusEntry.NO_MEMORY: "no memory for the copy's bookkeeping",
+}
+
+
+def make_status(**counts: int) -> npt.NDArray[np.int32]:
+    """A status array with the entries named in lower case, zero elsewhere."""
+    status = np.zeros(STATUS_SIZE, np.int32)
+    for name, count in counts.items():
+        status[StatusEntry[name.upper()]] = min(count, np.iinfo(np.int32).max)
+    return status
+
+
+def explain_refusals(status: npt.NDArray[np.int32]) -> str | None:
+    """The refusals of a status array in words, or ``None`` if there were none."""
+    reasons = [f"{status[entry]} x {text}" for entry, text in _REASONS.items() if status[entry]]
+    return f"blocks refused: {', '.join(reasons)}" if reasons else None

@@ -1,0 +1,67 @@
+"""A transfer under way and how it ended. Knows counts and time, not arrays of caches."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from jaxkv.transfer.status import StatusEntry, explain_refusals
+
+Status = jax.Array | npt.NDArray[np.int32]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class TransferResult:
+    """How a transfer ended: bytes of blocks moved, seconds of copying, and what went wrong, if anything did."""
+
+    num_bytes: int
+    elapsed_s: float
+    error: str | None = None
+
+
+@final
+class Ticket:
+    """One transfer. ``wait`` may be called any number of times, from any thread."""
+
+    def __init__(self, status: Status, num_blocks: int, block_bytes: int, on_end: Callable[[], None]) -> None:
+        self._status: Status | None = status
+        self._num_blocks = num_blocks
+        self._block_bytes = block_bytes
+        self._on_end = on_end
+        self._lock = threading.Lock()
+        self._result: TransferResult | None = None
+
+    def done(self) -> bool:
+        """Whether ``wait`` would return at once."""
+        status = self._status
+        return not isinstance(status, jax.Array) or status.is_ready()
+
+    def wait(self) -> TransferResult:
+        """The result, once the transfer has ended. A failed transfer is a result, not an exception."""
+        with self._lock:
+            if self._result is None:
+                assert self._status is not None
+                self._result = self._read(self._status)
+                self._status = None
+                self._on_end()
+            return self._result
+
+    def _read(self, status: Status) -> TransferResult:
+        try:
+            counts = np.asarray(status)
+        except Exception as error:  # noqa: BLE001 - whatever XLA raises is how this transfer ended
+            return TransferResult(0, 0.0, f"the program failed: {error}")
+        moved = int(counts[StatusEntry.MOVED])
+        error_text = explain_refusals(counts)
+        if error_text is None and moved != self._num_blocks:
+            error_text = f"{moved} blocks moved, {self._num_blocks} were asked for"
+        return TransferResult(
+            moved * self._block_bytes, int(counts[StatusEntry.ELAPSED_US]) * 1e-6, error_text
+        )

@@ -1,0 +1,130 @@
+"""The page ops in plain JAX: slower, but at home on every platform. Bytes stay bytes; nothing goes through float.
+
+Signatures and meaning as in :mod:`jaxkv.transfer.ops`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jax.typing import DTypeLike
+
+from jaxkv.canonical import GroupPages
+from jaxkv.errors import CacheMismatchError
+from jaxkv.layout import PagePlan
+from jaxkv.transfer.status import STATUS_SIZE, StatusEntry
+
+
+def gather_pages(leaves: Sequence[jax.Array], block_ids: jax.Array, pages: GroupPages) -> jax.Array:
+    """As :func:`jaxkv.transfer.ops.gather_pages`."""
+    flat = [_to_bytes(leaf) for leaf in leaves]
+    valid = (block_ids >= 0) & (block_ids < pages.num_blocks)
+    blocks = jnp.where(valid, block_ids, 0)
+    staging = jnp.zeros((block_ids.shape[0], pages.record_bytes), jnp.uint8)
+    for placement in pages.placements:
+        leaf = flat[pages.leaves.index(placement.leaf)]
+        units = _UnitView(placement.plan, leaf.size)
+        rows = leaf.reshape(-1, units.unit)
+        page = rows[units.leaf_rows(blocks)].reshape(block_ids.shape[0], -1)
+        staging = staging.at[:, units.record_bytes()].set(page)
+    return jnp.where(valid[:, None], staging, 0)
+
+
+def scatter_pages(
+    staging: jax.Array, block_ids: jax.Array, leaves: Sequence[jax.Array], pages: GroupPages
+) -> tuple[list[jax.Array], jax.Array]:
+    """As :func:`jaxkv.transfer.ops.scatter_pages`."""
+    wanted = block_ids != -1
+    valid = (block_ids >= 0) & (block_ids < pages.num_blocks)
+    same = block_ids[:, None] == block_ids[None, :]
+    first = jnp.argmax(same, axis=1) == jnp.arange(block_ids.shape[0])
+    written = valid & first
+    flat = [_to_bytes(leaf) for leaf in leaves]
+    for placement in pages.placements:
+        place = pages.leaves.index(placement.leaf)
+        units = _UnitView(placement.plan, flat[place].size)
+        rows = flat[place].reshape(-1, units.unit)
+        at = units.leaf_rows(jnp.where(written, block_ids, 0))
+        at = jnp.where(written[:, None], at, rows.shape[0])
+        page = staging[:, units.record_bytes()].reshape(*at.shape, units.unit)
+        flat[place] = rows.at[at].set(page, mode="drop").reshape(-1)
+    counts = {
+        StatusEntry.MOVED: written,
+        StatusEntry.BAD_BLOCK: wanted & ~valid,
+        StatusEntry.REPEATED: valid & ~first,
+    }
+    status = jnp.zeros(STATUS_SIZE, jnp.int32)
+    for entry, mask in counts.items():
+        status = status.at[entry].set(jnp.sum(mask, dtype=jnp.int32))
+    return [_from_bytes(data, leaf) for data, leaf in zip(flat, leaves, strict=True)], status
+
+
+class _UnitView:
+    """A leaf as rows of the largest unit all offsets of a plan are multiples of, so that 32-bit indices reach."""
+
+    def __init__(self, plan: PagePlan, leaf_bytes: int) -> None:
+        self._plan = plan
+        self.unit = math.gcd(
+            leaf_bytes,
+            plan.leaf_offset,
+            plan.block_stride,
+            plan.run_bytes,
+            plan.outer_leaf_stride,
+            plan.inner_leaf_stride,
+        )
+        if leaf_bytes // self.unit > np.iinfo(np.int32).max:
+            raise CacheMismatchError(
+                f"a leaf of {leaf_bytes} bytes in runs of {self.unit} is more than the xla backend can index; "
+                "use backend='cpu'"
+            )
+
+    def leaf_rows(self, blocks: jax.Array) -> jax.Array:
+        """``(n, rows per page)``: the rows of each block's page, in page order."""
+        plan = self._plan
+        offsets = plan.leaf_offset + self._grid(plan.outer_leaf_stride, plan.inner_leaf_stride, self.unit)
+        rows = jnp.asarray(offsets // self.unit, jnp.int32)
+        return blocks[:, None] * (plan.block_stride // self.unit) + rows
+
+    def record_bytes(self) -> npt.NDArray[np.int64]:
+        """The record byte of each byte of a page, in page order."""
+        plan = self._plan
+        return plan.record_offset + self._grid(plan.outer_page_stride, plan.inner_page_stride, 1)
+
+    def _grid(self, outer_stride: int, inner_stride: int, step: int) -> npt.NDArray[np.int64]:
+        plan = self._plan
+        outer = np.arange(plan.outer_count)[:, None, None] * outer_stride
+        inner = np.arange(plan.inner_count)[None, :, None] * inner_stride
+        within = np.arange(0, plan.run_bytes, step)[None, None, :]
+        return (outer + inner + within).reshape(-1)
+
+
+def _bits(dtype: DTypeLike) -> int:
+    return jax.dtypes.itemsize_bits(dtype)
+
+
+def _to_bytes(leaf: jax.Array) -> jax.Array:
+    """The bytes of a leaf in row-major order, as they lie in memory."""
+    _require_real(leaf.dtype)
+    if leaf.dtype == jnp.bool_:
+        return leaf.astype(jnp.uint8).reshape(-1)
+    bits = _bits(leaf.dtype)
+    flat = leaf.reshape(-1) if bits >= 8 else leaf.reshape(-1, 8 // bits)
+    return jax.lax.bitcast_convert_type(flat, jnp.uint8).reshape(-1)
+
+
+def _from_bytes(data: jax.Array, like: jax.Array) -> jax.Array:
+    if like.dtype == jnp.bool_:
+        return data.astype(jnp.bool_).reshape(like.shape)
+    bits = _bits(like.dtype)
+    grouped = data.reshape(-1, bits // 8) if bits > 8 else data
+    return jax.lax.bitcast_convert_type(grouped, like.dtype).reshape(like.shape)
+
+
+def _require_real(dtype: DTypeLike) -> None:
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise CacheMismatchError(f"the xla backend cannot read {dtype} as bytes; use backend='cpu'")
