@@ -1,4 +1,4 @@
-"""Owns host memory for offloaded chunks: one arena, cut into slots. Knows bytes; not blocks, groups or keys."""
+"""Owns host memory for offloaded chunks: one arena, cut into slots. Knows bytes, no blocks and no keys."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType, TracebackType
-from typing import Self, final
+from typing import TYPE_CHECKING, Self, final
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,9 @@ from jaxkv.errors import (
 )
 from jaxkv.memory_limit import memory_limit_bytes
 from jaxkv.slabs import SLOT_UNIT_BYTES, SlabAllocator, choose_slab_bytes
+
+if TYPE_CHECKING:
+    from jaxkv._native import Arena
 
 ADDRESS_UNIT_BYTES = SLOT_UNIT_BYTES
 """Addresses inside a pool count units of this many bytes, so that 32 bits reach 1 TiB."""
@@ -50,7 +53,7 @@ def load_native() -> ModuleType:
 @final
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A reserved range of a pool. ``epoch`` is unique in the process: a freed slot is never mistaken for a new one."""
+    """A reserved range of a pool. No other slot of the process has its ``epoch``, so a freed one is found out."""
 
     offset: int
     num_bytes: int
@@ -62,8 +65,8 @@ class HostPool:
     """``capacity_bytes`` of host memory, rounded up to whole 4 KiB pages and to nothing else.
 
     All of it is resident once the pool exists, on huge pages where the system has them. Use it as a context
-    manager; leaving it with slots in use closes it and raises :class:`PoolInUseError`. All methods may be called
-    from several threads.
+    manager; leaving it with slots in use closes it and raises :class:`PoolInUseError`. All methods may be
+    called from several threads.
 
     Raises :class:`ConfigError` for a capacity that is not a positive number of bytes, that is over 1 TiB, or
     that is more than this machine or its control group has.
@@ -71,7 +74,7 @@ class HostPool:
 
     def __init__(self, capacity_bytes: int) -> None:
         _require_capacity(capacity_bytes)
-        self._arena = load_native().Arena(capacity_bytes)
+        self._arena: Arena = load_native().Arena(capacity_bytes)
         self._creator = os.getpid()
         self._lock = threading.Lock()
         self._closed = False
@@ -156,8 +159,8 @@ class HostPool:
     def fit_slabs(self, slot_sizes: Iterable[int]) -> None:
         """Tell the pool which slot sizes (bytes) will be asked for, so that it cuts slabs that waste little.
 
-        Sizes add up over calls. While slots are in use the cut stays as it is; then a size larger than a slab is
-        a :class:`ConfigError`, as is one larger than the pool.
+        Sizes add up over calls. While slots are in use the cut stays as it is; then a size larger than a slab
+        is a :class:`ConfigError`, as is one larger than the pool.
         """
         with self._usable():
             self._fit(frozenset(slot_sizes))
@@ -189,8 +192,8 @@ class HostPool:
             for slot in slots:
                 self._free(slot)
             raise PoolFull(
-                f"the host pool has {len(slots)} free slots of {slot_bytes} bytes, {num_slots} were asked for; "
-                f"free slots or give the pool more than {self.capacity_bytes} bytes"
+                f"the host pool has {len(slots)} free slots of {slot_bytes} bytes, {num_slots} were asked "
+                f"for; free slots or give the pool more than {self.capacity_bytes} bytes"
             )
 
     def free(self, slot: Slot) -> None:
@@ -219,7 +222,7 @@ class HostPool:
             self._pin(slot)
             end = weakref.finalize(array, self._ended_views.append, slot)
             end.atexit = False
-            return memoryview(array)
+            return array.data
 
     # -- for transfers ------------------------------------------------------------------------------------
 
@@ -234,10 +237,9 @@ class HostPool:
         return np.array([self._arena.generation], np.int32)
 
     def arena_bytes(self) -> npt.NDArray[np.uint8]:
-        """All bytes of the arena, for a backend that copies on the host. Keeps the memory alive, pins no slot."""
+        """All bytes of the arena, for a backend that copies on the host. Keeps the memory, pins no slot."""
         with self._usable():
-            arena: npt.NDArray[np.uint8] = self._arena.view(0, self._arena.num_bytes)
-            return arena
+            return self._arena.view(0, self._arena.num_bytes)
 
     def pin(self, slots: Iterable[Slot]) -> list[int]:
         """Keep the bytes of ``slots`` theirs until ``unpin``, and return their addresses (512-byte units).
@@ -290,8 +292,8 @@ class HostPool:
             self._slabs = SlabAllocator(self.capacity_bytes, slab_bytes)
         elif not all(self._slabs.slots_per_slab(size) for size in slot_sizes):
             raise ConfigError(
-                f"slots of {max(slot_sizes)} bytes do not fit the pool's slabs of {self._slabs.slab_bytes} bytes; "
-                "name all slot sizes with fit_slabs() before the first slot is reserved"
+                f"slots of {max(slot_sizes)} bytes do not fit the pool's slabs of {self._slabs.slab_bytes} "
+                "bytes; name all slot sizes with fit_slabs() before the first slot is reserved"
             )
         self._slot_sizes = wanted
 
@@ -337,6 +339,6 @@ def _require_capacity(capacity_bytes: int) -> None:
     limit = memory_limit_bytes()
     if capacity_bytes > limit:
         raise ConfigError(
-            f"a host pool of {capacity_bytes} bytes is more than the {limit} bytes of memory this process may "
-            "use; give it less than that"
+            f"a host pool of {capacity_bytes} bytes is more than the {limit} bytes of memory this process "
+            "may use; give it less than that"
         )

@@ -1,14 +1,14 @@
 """A serving loop of one page, to drive the connector: real block tables, NumPy pages, no model.
 
-What a token leaves in the caches is a hash of the whole prefix that ends with it. Before it computes a token the
-loop checks everything that token reads, so a page that was restored wrongly, read too early or overwritten while
+What a token leaves in the caches is a hash of the whole prefix that ends with it. Before it computes a token
+the loop checks all that token reads, so a page that was restored wrongly, read too early or overwritten while
 somebody needed it fails the test at the token that would have used it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -57,7 +57,7 @@ def make_caches(config: KVCacheConfig) -> dict[str, np.ndarray]:
     return caches
 
 
-@lru_cache(maxsize=None)
+@cache
 def value_of(prefix: tuple[int, ...]) -> int:
     """What the last token of ``prefix`` leaves in every layer."""
     if not prefix:
@@ -316,9 +316,7 @@ class Loop:
             (group.spec, num_tokens // group.block_size, first_needed_block(group.spec, num_tokens))
             for group in self.config.groups
         ]
-        if any(
-            end - first > len(free) for (_, end, first), free in zip(wanted, self.free, strict=True)
-        ):
+        if any(end - first > len(free) for (_, end, first), free in zip(wanted, self.free, strict=True)):
             return False
         for index, (_, end, first) in enumerate(wanted):
             request.tables[index] = [
@@ -328,7 +326,9 @@ class Loop:
 
     def skip_window(self, request: LoopRequest) -> None:
         for index, (group, table) in enumerate(zip(self.config.groups, request.tables, strict=True)):
-            for position in range(min(len(table), first_needed_block(group.spec, request.num_computed_tokens))):
+            for position in range(
+                min(len(table), first_needed_block(group.spec, request.num_computed_tokens))
+            ):
                 if table[position] is not None:
                     self.free[index].append(table[position])
                     table[position] = None

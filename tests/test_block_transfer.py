@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import functools
+import subprocess
+import sys
+import textwrap
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxkv.canonical import CanonicalKVCaches, canonicalize
+from jaxkv.errors import (
+    BlockIdError,
+    CacheMismatchError,
+    ConfigError,
+    DeletedCacheError,
+    NativeError,
+    PoolClosedError,
+    PoolInUseError,
+    SlotError,
+)
 from jaxkv.host_pool import HostPool
 from jaxkv.keys import GroupId
+from jaxkv.spec import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from jaxkv.testing import LAYOUT_CASES, LayoutCase, assert_same_caches, layout_case, numpy_copy
-from jaxkv.transfer import BlockTransfer
+from jaxkv.transfer import BlockTransfer, CopiedCacheWarning, Ticket, ops
+from jaxkv.transfer.backends import CpuBackend
+from jaxkv.transfer.checks import make_entries
+from jaxkv.transfer.status import make_status
 
 BACKENDS = ("cpu", "xla")
 POOL_BYTES = 4 << 20
@@ -81,3 +101,396 @@ def test_restored_blocks_equal_the_offloaded_ones_and_others_stay(
         for block, place in zip(ids, into, strict=True):
             case.poke(expected, group, int(place), case.oracle(source, group, int(block)))
     assert_same_caches(target, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("first_block", [0, 1, 2, 4])
+def test_chunks_of_several_blocks_are_filled_from_any_start_and_skip_minus_one(
+    backend: str, first_block: int, pool: HostPool
+) -> None:
+    case = layout_case("packed_kv")
+    kv_caches, canonical, transfer = set_up(case, pool, backend=backend, blocks_per_chunk=3)
+    group, pages = GroupId(0), canonical.groups[0]
+    ids = [4, -1, 9, 0, 7]
+    with transfer.reserve(group, 3) as slots:
+        for slot in slots:
+            pool.view(slot)[:] = b"\xee" * slot.num_bytes
+        result = transfer.offload(kv_caches, group, ids, slots, first_block=first_block).wait()
+        assert result.num_bytes == 4 * pages.block_bytes
+        held = b"".join(bytes(pool.view(slot)) for slot in slots)
+        host = numpy_copy(kv_caches)
+        expected = bytearray(b"\xee" * len(held))
+        for j, block in enumerate(ids):
+            if block >= 0:
+                record = case.oracle(host, 0, block).ljust(pages.record_bytes, b"\0")
+                start = (first_block + j) * pages.record_bytes
+                expected[start : start + pages.record_bytes] = record
+        assert held == expected
+
+        target = case.build(2)
+        wanted = numpy_copy(target)
+        into = [1, 2, -1, 8, 3]
+        # Where nothing was offloaded, the slot's own bytes are restored.
+        for j, block in enumerate(into):
+            if block >= 0:
+                start = (first_block + j) * pages.record_bytes
+                case.poke(wanted, 0, block, held[start : start + pages.block_bytes])
+        target, ticket = transfer.restore(target, group, into, slots, first_block=first_block)
+        assert ticket.wait().error is None
+        assert_same_caches(target, wanted)
+
+
+def many_leaves(num_layers: int) -> tuple[dict[str, Any], CanonicalKVCaches]:
+    names = tuple(f"layers.{i}" for i in range(num_layers))
+    config = KVCacheConfig((KVCacheGroupSpec(names, FullAttentionSpec(4, 2, 8, jnp.float32), 16),))
+    keys = jax.random.split(jax.random.key(0), num_layers)
+    kv_caches = {name: jax.random.normal(k, (16, 4, 4, 8)) for name, k in zip(names, keys, strict=True)}
+    return kv_caches, canonicalize(kv_caches, config)
+
+
+def pointers(kv_caches: Any) -> list[int]:
+    return [leaf.unsafe_buffer_pointer() for leaf in jax.tree_util.tree_leaves(kv_caches)]
+
+
+@pytest.mark.parametrize("num_layers", [1, 60])
+def test_restore_writes_in_place_and_consumes_the_old_arrays(num_layers: int, pool: HostPool) -> None:
+    kv_caches, canonical = many_leaves(num_layers)
+    transfer = BlockTransfer(canonical, pool, backend="cpu")
+    before = pointers(kv_caches)
+    with transfer.reserve(GroupId(0), 2) as slots:
+        transfer.offload(kv_caches, GroupId(0), [3, 5], slots)
+        assert pointers(kv_caches) == before
+        restored, _ = transfer.restore(kv_caches, GroupId(0), [1, 2], slots)
+    assert pointers(restored) == before
+    assert all(leaf.is_deleted() for leaf in kv_caches.values())
+    assert transfer.num_copied_leaves == 0
+
+
+def test_the_compiled_programs_copy_no_whole_leaf(pool: HostPool) -> None:
+    kv_caches, canonical = many_leaves(3)
+    backend = CpuBackend(pool, canonical.groups)
+    leaves = canonical.group_leaves(kv_caches, GroupId(0))
+    ids = np.zeros(8, np.int32)
+    for programs in (backend.read_programs, backend.write_programs):
+        text = programs[0].lower(pool.token(), ids, ids, *leaves).compile().as_text()
+        assert "f32[16,4,4,8]" in text
+        copies = [line for line in text.splitlines() if " copy" in line and "f32[" in line]
+        assert not copies
+    undonated = jax.jit(lambda *xs: ops.restore(pool, xs[0], xs[3:], xs[1], xs[2], canonical.groups[0]))
+    text = undonated.lower(pool.token(), ids, ids, *leaves).compile().as_text()
+    assert any(" copy" in line and "f32[16,4,4,8]" in line for line in text.splitlines())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_other_ids_of_the_same_bucket_compile_nothing(backend: str, pool: HostPool) -> None:
+    case = layout_case("packed_kv")
+    kv_caches, _, transfer = set_up(case, pool, backend=backend)
+    kv_caches = transfer.warm_up(kv_caches, max_blocks=10)
+    programs = (*transfer.backend.read_programs, *transfer.backend.write_programs)
+    sizes = [program._cache_size() for program in programs]
+    assert sizes == [2, 2]
+    for seed in range(5):
+        ids = np.random.default_rng(seed).permutation(11)[: 2 * seed + 2]
+        with transfer.reserve(GroupId(0), len(ids)) as slots:
+            transfer.offload(kv_caches, GroupId(0), ids.tolist(), slots)
+            kv_caches, _ = transfer.restore(kv_caches, GroupId(0), ids, slots)
+    assert [program._cache_size() for program in programs] == sizes
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_warm_up_changes_no_byte(backend: str, pool: HostPool) -> None:
+    case = layout_case("hybrid")
+    kv_caches, _, transfer = set_up(case, pool, backend=backend)
+    expected = numpy_copy(kv_caches)
+    assert_same_caches(transfer.warm_up(kv_caches, max_blocks=20), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_slot_keeps_its_bytes_over_many_restores(backend: str, pool: HostPool) -> None:
+    case = layout_case("head_major")
+    kv_caches, _, transfer = set_up(case, pool, backend=backend)
+    host = numpy_copy(kv_caches)
+    with transfer.reserve(GroupId(0), 1) as slots:
+        transfer.offload(kv_caches, GroupId(0), [4], slots)
+        for block in range(11):
+            kv_caches, _ = transfer.restore(kv_caches, GroupId(0), [block], slots)
+    after = numpy_copy(kv_caches)
+    assert {case.oracle(after, 0, block) for block in range(11)} == {case.oracle(host, 0, 4)}
+
+
+def test_a_numpy_view_of_a_leaf_is_reported_and_still_shows_the_old_bytes(pool: HostPool) -> None:
+    kv_caches, canonical = many_leaves(2)
+    transfer = BlockTransfer(canonical, pool, backend="cpu")
+    with transfer.reserve(GroupId(0), 1) as slots:
+        transfer.offload(kv_caches, GroupId(0), [3], slots)
+        view = np.asarray(kv_caches["layers.0"])
+        before = view.copy()
+        with pytest.warns(CopiedCacheWarning, match="copied 1 whole cache leaves"):
+            kv_caches, _ = transfer.restore(kv_caches, GroupId(0), [5], slots)
+        assert transfer.num_copied_leaves == 1
+        assert np.array_equal(view, before)
+        assert np.array_equal(np.array(kv_caches["layers.0"])[5], before[3])
+        again, _ = transfer.restore(kv_caches, GroupId(0), [6], slots)
+    assert transfer.num_copied_leaves == 1
+    assert np.array_equal(np.array(again["layers.0"])[6], before[3])
+
+
+def test_threads_offload_at_the_same_time_while_the_caches_move_on(pool: HostPool) -> None:
+    case = layout_case("wide_pages")
+    kv_caches, canonical, transfer = set_up(case, pool, backend="cpu")
+    host = numpy_copy(kv_caches)
+    pages = canonical.groups[0]
+    wrong: list[int] = []
+
+    def work(block: int) -> None:
+        for _ in range(20):
+            with transfer.reserve(GroupId(0), 1) as slots:
+                ticket = transfer.offload(kv_caches, GroupId(0), [block], slots)
+                result = ticket.wait()
+                held = bytes(pool.view(slots[0]))[: pages.block_bytes]
+                if result.error or held != case.oracle(host, 0, block):
+                    wrong.append(block)
+
+    threads = [threading.Thread(target=work, args=(block,)) for block in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert pool.used_bytes == 0
+
+
+def test_an_offload_reads_what_was_there_although_the_next_step_donates_the_caches(pool: HostPool) -> None:
+    case = layout_case("wide_pages")
+    kv_caches, canonical, transfer = set_up(case, pool, backend="cpu")
+    expected = numpy_copy(kv_caches)
+    step = jax.jit(lambda tree: jax.tree_util.tree_map(lambda x: x * 0 + 1, tree), donate_argnums=0)
+    with transfer.reserve(GroupId(0), 11) as slots:
+        ticket = transfer.offload(kv_caches, GroupId(0), range(11), slots)
+        kv_caches = step(kv_caches)
+        assert ticket.wait().error is None
+        for block, slot in enumerate(slots):
+            held = bytes(pool.view(slot))[: canonical.groups[0].block_bytes]
+            assert held == case.oracle(expected, 0, block)
+
+
+def test_an_offload_of_caches_still_being_computed_waits_for_them(pool: HostPool) -> None:
+    kv_caches, canonical = many_leaves(2)
+    transfer = BlockTransfer(canonical, pool, backend="cpu")
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def slow_step(tree: Any) -> Any:
+        def body(_: int, x: jax.Array) -> jax.Array:
+            return jnp.tanh(x @ x)
+
+        one = jax.lax.fori_loop(0, 50, body, jnp.eye(400))[0, 0]
+        return jax.tree_util.tree_map(lambda x: jnp.full_like(x, one), tree)
+
+    expected = np.array(jax.tree_util.tree_leaves(slow_step(many_leaves(2)[0]))[0][0])
+    with transfer.reserve(GroupId(0), 1) as slots:
+        kv_caches = slow_step(kv_caches)
+        ticket = transfer.offload(kv_caches, GroupId(0), [7], slots)
+        kv_caches, load = transfer.restore(kv_caches, GroupId(0), [1], slots)
+        assert ticket.wait().error is None
+        assert load.wait().error is None
+        held = np.frombuffer(pool.view(slots[0]), np.float32)[: expected.size]
+        assert np.array_equal(held.reshape(expected.shape), expected)
+        del held
+
+
+# -- slots ----------------------------------------------------------------------------------------------
+
+
+def test_kept_slots_stay_until_they_are_released(pool: HostPool) -> None:
+    _, canonical, transfer = set_up(layout_case("packed_kv"), pool)
+    with transfer.reserve(GroupId(0), 2) as lease:
+        kept = lease.keep()
+    assert pool.used_bytes == 2 * canonical.groups[0].record_bytes
+    assert (len(lease), lease[0], lease[:1]) == (2, kept[0], kept[:1])
+    transfer.release(kept)
+    assert pool.used_bytes == 0
+    with pytest.raises(SlotError, match="was freed"):
+        transfer.release(kept)
+
+
+def test_a_slot_freed_during_its_transfer_comes_back_when_the_ticket_ends(pool: HostPool) -> None:
+    (slot,) = pool.reserve_slots(512, 1)
+    pool.pin([slot])
+    ticket = Ticket(make_status(moved=1), 1, 8, lambda: pool.unpin([slot]))
+    pool.free(slot)
+    assert pool.used_bytes == 512
+    assert ticket.wait() == ticket.wait()
+    assert pool.used_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (make_status(moved=2), None),
+        (make_status(moved=1, bad_address=1), "1 x record outside the pool"),
+        (make_status(moved=1), "1 blocks moved, 2 were asked for"),
+    ],
+)
+def test_a_ticket_reports_bytes_and_what_was_refused(status: np.ndarray, error: str | None) -> None:
+    result = Ticket(status, 2, 100, lambda: None).wait()
+    assert result.num_bytes == 100 * status[0]
+    assert result.error == error or (error is not None and error in str(result.error))
+
+
+def test_a_pool_closed_between_check_and_copy_fails_the_transfer_and_not_the_caches(pool: HostPool) -> None:
+    kv_caches, canonical = many_leaves(2)
+    expected = numpy_copy(kv_caches)
+    doomed = HostPool(1 << 16)
+    backend = CpuBackend(doomed, canonical.groups)
+    entries = make_entries(np.arange(3, dtype=np.int32), [0, 8, 16], canonical.groups[0], 1, 0)
+    doomed.close()
+    leaves, status = backend.restore(GroupId(0), canonical.group_leaves(kv_caches, GroupId(0)), entries)
+    result = Ticket(status, 3, 1, lambda: None).wait()
+    assert result.num_bytes == 0
+    assert result.error == "blocks refused: 3 x host pool closed, unknown or of another process"
+    assert_same_caches(canonical.replace(kv_caches, GroupId(0), leaves), expected)
+
+
+# -- bad input ------------------------------------------------------------------------------------------
+
+BAD_IDS = [
+    ([11], r"block_ids\[0\] is 11, but the group has blocks 0 to 10"),
+    ([0, -2], r"block_ids\[1\] is -2"),
+    ([2**40], r"block_ids\[0\] is 1099511627776"),
+    ([1.0], "whole numbers of shape"),
+    ([[1]], "whole numbers of shape"),
+    ([True], "whole numbers of shape"),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("ids", "message"), BAD_IDS, ids=str)
+def test_bad_block_ids_raise_and_leave_everything_usable(
+    ids: Any, message: str, backend: str, pool: HostPool
+) -> None:
+    kv_caches, _, transfer = set_up(layout_case("packed_kv"), pool, backend=backend)
+    expected = numpy_copy(kv_caches)
+    with transfer.reserve(GroupId(0), 2) as slots:
+        with pytest.raises(BlockIdError, match=message):
+            transfer.offload(kv_caches, GroupId(0), ids, slots)
+        with pytest.raises(BlockIdError, match=message):
+            transfer.restore(kv_caches, GroupId(0), ids, slots)
+        assert transfer.offload(kv_caches, GroupId(0), [0, 10], slots).wait().error is None
+    assert_same_caches(kv_caches, expected)
+    assert pool.used_bytes == 0
+
+
+def test_a_block_named_twice_can_be_offloaded_but_not_restored(pool: HostPool) -> None:
+    kv_caches, _, transfer = set_up(layout_case("packed_kv"), pool)
+    with transfer.reserve(GroupId(0), 3) as slots:
+        assert transfer.offload(kv_caches, GroupId(0), [4, -1, 4], slots).wait().error is None
+        with pytest.raises(BlockIdError, match="block 4 is named twice in one restore"):
+            transfer.restore(kv_caches, GroupId(0), [4, -1, 4], slots)
+        restored, _ = transfer.restore(kv_caches, GroupId(0), [-1, -1, 4], slots)
+    assert not any(leaf.is_deleted() for leaf in jax.tree_util.tree_leaves(restored))
+
+
+def test_bad_slots_raise_before_anything_is_dispatched(pool: HostPool) -> None:
+    kv_caches, _, transfer = set_up(layout_case("packed_kv"), pool, blocks_per_chunk=2)
+    group = GroupId(0)
+    (foreign,) = pool.reserve_slots(512, 1)
+    with transfer.reserve(group, 2) as slots:
+        for slots_given, first, message in (
+            (slots[:1], 0, "3 blocks, counted .* need 2 slots of 2 blocks, got 1"),
+            (slots, 2, "5 blocks, counted .* need 3 slots of 2 blocks, got 2"),
+            ((slots[0], foreign), 0, "holds 512 bytes, a chunk of this group takes"),
+        ):
+            with pytest.raises(SlotError, match=message):
+                transfer.offload(kv_caches, group, [0, 1, 2], slots_given, first_block=first)
+            with pytest.raises(SlotError, match=message):
+                transfer.restore(kv_caches, group, [0, 1, 2], slots_given, first_block=first)
+        with pytest.raises(SlotError, match="named twice in one offload"):
+            transfer.offload(kv_caches, group, [0, 1, 2], (slots[0], slots[0]))
+        with pytest.raises(BlockIdError, match="cannot be -1"):
+            transfer.offload(kv_caches, group, [0], slots, first_block=-1)
+        stale = tuple(slots)
+    with pytest.raises(SlotError, match="was freed"):
+        transfer.restore(kv_caches, group, [0], stale)
+    pool.free(foreign)
+    assert not any(leaf.is_deleted() for leaf in jax.tree_util.tree_leaves(kv_caches))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_transfer_is_done_at_once(backend: str, pool: HostPool) -> None:
+    kv_caches, _, transfer = set_up(layout_case("packed_kv"), pool, backend=backend)
+    assert transfer.offload(kv_caches, GroupId(0), [], ()).wait().num_bytes == 0
+    kv_caches, ticket = transfer.restore(kv_caches, GroupId(0), [], ())
+    assert (ticket.done(), ticket.wait().error) == (True, None)
+    assert transfer.prefetch(GroupId(0), ()).wait().error is None
+
+
+def test_deleted_caches_are_an_error(pool: HostPool) -> None:
+    kv_caches, _, transfer = set_up(layout_case("packed_kv"), pool)
+    with transfer.reserve(GroupId(0), 1) as slots:
+        transfer.restore(kv_caches, GroupId(0), [0], slots)
+        with pytest.raises(DeletedCacheError):
+            transfer.offload(kv_caches, GroupId(0), [0], slots)
+
+
+def test_one_array_for_two_leaves_cannot_be_restored(pool: HostPool) -> None:
+    kv_caches, canonical = many_leaves(2)
+    transfer = BlockTransfer(canonical, pool)
+    doubled = {"layers.0": kv_caches["layers.0"], "layers.1": kv_caches["layers.0"]}
+    with transfer.reserve(GroupId(0), 1) as slots, pytest.raises(CacheMismatchError):
+        transfer.restore(doubled, GroupId(0), [0], slots)
+
+
+def test_a_closed_pool_is_an_error_and_the_caches_stay(pool: HostPool) -> None:
+    kv_caches, canonical = many_leaves(1)
+    closing = HostPool(1 << 16)
+    transfer = BlockTransfer(canonical, closing)
+    slots = transfer.reserve(GroupId(0), 1).keep()
+    with pytest.raises(PoolInUseError):
+        closing.close()
+    with pytest.raises(PoolClosedError):
+        transfer.restore(kv_caches, GroupId(0), [0], slots)
+    assert not kv_caches["layers.0"].is_deleted()
+
+
+def test_options_that_cannot_work_are_errors(pool: HostPool) -> None:
+    _, canonical, transfer = set_up(layout_case("packed_kv"), pool)
+    with pytest.raises(ConfigError, match="blocks_per_chunk must be at least 1, got 0"):
+        BlockTransfer(canonical, pool, blocks_per_chunk=0)
+    with pytest.raises(ConfigError, match="unknown backend 'tpu'"):
+        BlockTransfer(canonical, pool, backend="tpu")
+    with pytest.raises(NativeError, match="no CUDA backend"):
+        BlockTransfer(canonical, pool, backend="cuda")
+    with pytest.raises(ConfigError, match="no group 7; the caches have groups 0 to 0"):
+        transfer.reserve(GroupId(7), 1)
+    with HostPool(4096) as small, pytest.raises(ConfigError, match="cannot hold one slot"):
+        BlockTransfer(canonical, small, blocks_per_chunk=100)
+
+
+def test_a_forked_child_cannot_transfer_through_its_parents_pool() -> None:
+    script = """
+        import os, warnings
+        import jax.numpy as jnp
+        from jaxkv.canonical import canonicalize
+        from jaxkv.errors import PoolForkedError
+        from jaxkv.host_pool import HostPool
+        from jaxkv.spec import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+        from jaxkv.transfer import BlockTransfer
+
+        caches = {"a": jnp.ones((4, 2, 2, 8))}
+        config = KVCacheConfig((KVCacheGroupSpec(("a",), FullAttentionSpec(2, 1, 8, jnp.float32), 4),))
+        pool = HostPool(1 << 16)
+        transfer = BlockTransfer(canonicalize(caches, config), pool)
+        slots = transfer.reserve(0, 1).keep()
+        transfer.offload(caches, 0, [1], slots).wait()
+        warnings.simplefilter("ignore")
+        child = os.fork()
+        if child == 0:
+            try:
+                transfer.offload(caches, 0, [2], slots)
+            except PoolForkedError:
+                os._exit(0)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert transfer.offload(caches, 0, [2], slots).wait().error is None
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-
-from jaxkv.serving import EngineConfig, LLMEngine, RequestStatus, SamplingParams
 from serving_fake_connector import STEP, FakeConnector
 from toy_model import ToyModel, make_config, oracle_tokens, random_prompt
+
+from jaxkv.serving import EngineConfig, LLMEngine, RequestStatus, SamplingParams
 
 ALL = ("full", "window", "state")
 KINDS = [("full",), ("full", "window"), ALL]
@@ -18,7 +18,10 @@ def make_engine(kinds=ALL, *, blocks=None, options=None, **fake):
     config = make_config(model, 4, **(TIGHT | (blocks or {})))
     connector = FakeConnector(config, **fake)
     engine = LLMEngine(
-        model, config, EngineConfig(**({"prefill_shapes": (8, 32), "max_num_seqs": 3} | (options or {}))), connector
+        model,
+        config,
+        EngineConfig(**({"prefill_shapes": (8, 32), "max_num_seqs": 3} | (options or {}))),
+        connector,
     )
     return engine, connector
 

@@ -12,7 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.serving import StepBatch
-from jaxkv.spec import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, LayerSpec, MambaSpec, SlidingWindowSpec
+from jaxkv.spec import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    LayerSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
 
 VOCAB = 97
 POISON = 0xDEADBEEF
@@ -25,6 +32,7 @@ class ToyModel:
     window: int = 20
     max_model_len: int = 256
     kinds: tuple[str, ...] = ("full", "window", "state")
+    size_factors: tuple[tuple[str, int], ...] = ()
     name: str = "toy"
     vocab_size: int = VOCAB
 
@@ -33,11 +41,14 @@ class ToyModel:
         return {"embed": jnp.asarray(embedding())}
 
     def cache_groups(self, block_size, dtype=jnp.uint32):
-        specs = {
-            "full": FullAttentionSpec(block_size, 1, 1, dtype),
-            "window": SlidingWindowSpec(block_size, 1, 1, dtype, self.window),
-            "state": MambaSpec(block_size, ((2,),), (dtype,)),
-        }
+        size = {kind: block_size * dict(self.size_factors).get(kind, 1) for kind in self.kinds}
+        specs = {}
+        if "full" in size:
+            specs["full"] = FullAttentionSpec(size["full"], 1, 1, dtype)
+        if "window" in size:
+            specs["window"] = SlidingWindowSpec(size["window"], 1, 1, dtype, self.window)
+        if "state" in size:
+            specs["state"] = MambaSpec(size["state"], ((2,),), (dtype,))
         return [((f"{kind}.0",), specs[kind]) for kind in self.kinds]
 
     def init_caches(self, config):

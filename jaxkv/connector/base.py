@@ -84,7 +84,7 @@ class KVConnectorBase(ABC):
 
     @abstractmethod
     def update_connector_output(self, output: KVConnectorOutput) -> None:
-        """Take in what the workers completed."""
+        """Take in what the workers completed. Called once for every step that ran, with whatever there is."""
 
     @abstractmethod
     def request_finished(

@@ -15,13 +15,16 @@ from jaxkv.errors import ConfigError
 class OffloadingConfig:
     """Options of :class:`OffloadingConnector`; names as in vLLM where it has them.
 
-    ``host_bytes``: size of the host pool, an int or ``"64MiB"``. ``blocks_per_chunk``: blocks that are stored,
-    found and evicted together. ``eviction_policy``: ``"lru"`` or the dotted path of a ``CachePolicy``.
-    ``offload_prompt_only``: store only chunks that lie inside the prompt. ``fingerprint``: extra text for the
-    root of the serving loop's hash chain, to keep apart what must not share chunks. ``backend``: ``"host"`` or
-    the dotted path of an ``OffloadingSpec``. ``transfer_backend``: how pages are copied, see
-    ``BlockTransfer``. ``enable_events``: collect events for ``take_events``. ``backend_options``: handed to
-    the backend as they are.
+    ``host_bytes``: size of the host pool, an int or ``"64MiB"``.
+    ``blocks_per_chunk``: blocks that are stored, found and evicted together.
+    ``eviction_policy``: ``"lru"`` or the dotted path of a ``CachePolicy``.
+    ``offload_prompt_only``: store only chunks that lie inside the prompt.
+    ``fingerprint``: text the serving loop adds to the root of its hash chain, to keep apart what must not
+    share chunks.
+    ``backend``: ``"host"`` or the dotted path of an ``OffloadingSpec``.
+    ``transfer_backend``: how pages are copied, see ``BlockTransfer``.
+    ``enable_events``: collect events for ``take_events``.
+    ``backend_options``: handed to the backend as they are.
     """
 
     host_bytes: int | str
@@ -41,7 +44,7 @@ class OffloadingConfig:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> OffloadingConfig:
-        """A config from plain options. Raises ``ConfigError`` that lists the known ones for an unknown one."""
+        """A config from plain options. An unknown one is a ``ConfigError`` that lists the known ones."""
         known = [option.name for option in fields(cls)]
         unknown = sorted(set(options) - set(known))
         if unknown:

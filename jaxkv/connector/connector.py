@@ -33,10 +33,10 @@ from jaxkv.spec import KVCacheConfig
 class OffloadingConnector(KVConnectorBase):
     """Offloads KV caches to a backend and brings them back (vLLM: ``OffloadingConnector``).
 
-    ``spec`` is a backend to use instead of the one ``config`` names; the connector takes it over and shuts it
-    down. A context manager: leaving it is :meth:`shutdown`. Raises ``PoolInUseError`` where the backend or its
-    pool belongs to another connector, ``ConfigError`` for options that cannot work. Every method but
-    ``shutdown`` raises ``ConnectorStateError`` after shutdown.
+    ``spec`` is a backend to use instead of the one ``config`` names; the connector takes it over and shuts
+    it down. A context manager: leaving it is :meth:`shutdown`. Raises ``PoolInUseError`` where the backend or
+    its pool belongs to another connector, ``ConfigError`` for options that cannot work. After shutdown every
+    method but ``shutdown`` raises ``ConnectorStateError``.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class OffloadingConnector(KVConnectorBase):
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """See :class:`KVConnectorBase`. At most ``num_tokens - 1`` tokens are promised, device hit included."""
+        """See :class:`KVConnectorBase`. Device hit and answer are at most ``num_tokens - 1`` tokens."""
         return self._scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(
@@ -150,7 +150,7 @@ class OffloadingConnector(KVConnectorBase):
     # -- worker side ------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: KVCaches) -> None:
-        """See :class:`KVConnectorBase`. Raises ``CacheMismatchError`` for caches the config does not describe."""
+        """See :class:`KVConnectorBase`. ``CacheMismatchError`` for caches the config does not describe."""
         if self._open_scheduler is not None and self._open_worker is not None:
             raise ConnectorStateError(
                 "the caches are registered already; make a new connector for other caches"

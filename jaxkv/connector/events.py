@@ -1,4 +1,4 @@
-"""What became loadable and what was removed, told in the serving loop's own terms: groups and block hashes."""
+"""What became loadable and what was removed, in the serving loop's terms: groups and block hashes."""
 
 from __future__ import annotations
 

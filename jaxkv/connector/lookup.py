@@ -39,7 +39,7 @@ def find_hit(
     limit_tokens: int,
     lookup: Callable[[OffloadKey], LookupResult],
 ) -> Hit | Deferral:
-    """The longest prefix of at most ``limit_tokens`` tokens that device (``known_tokens``) and host can serve.
+    """The longest prefix within ``limit_tokens`` that device (``known_tokens``) and host can serve.
 
     Chunks still being written count as present, so that a request waits for them instead of computing them
     again; the answer is a :class:`Deferral` then.

@@ -19,39 +19,41 @@ class Tenure:
     """One stay of a request on the device, from admission until it finishes or is preempted.
 
     ``tables`` only ever grow: blocks the loop took back keep their entry, for a store may still read them.
-    ``start_tokens`` were on the device at admission, or were loaded; the step in which the request first runs
-    may be the one that writes them, so nothing is ``complete`` before that step has ended.
+    ``complete_tokens`` are on the device once the last step has ended; at first they are those the device
+    held already and those that are loaded. A request is not ``running`` before its first step has ended:
+    until then another request may still be about to write what the device cache lends it.
+    ``scheduled_tokens`` belong to a step that was planned and has not ended.
     """
 
     request: Request
     ctx: ReqContext
     tables: list[list[BlockId | None]]
-    start_tokens: int
+    complete_tokens: int
+    previous_tokens: int
     next_chunk: list[int]
+    scheduled_tokens: int = 0
     running: bool = False
-    previous_tokens: int = 0
-    complete_tokens: int = 0
 
-    def append_blocks(self, new_blocks: BlockTables) -> None:
-        """Blocks were appended to the request's tables; ``new_blocks`` has an entry per group, or none at all."""
+    def begin_step(self, new_blocks: BlockTables, num_scheduled_tokens: int) -> None:
+        """A step was planned. ``new_blocks``, appended to the tables, has an entry per group, or none at all.
+
+        What an earlier step left uncommitted was never computed: that step broke off.
+        """
         for table, new in zip(self.tables, new_blocks, strict=bool(new_blocks)):
             table.extend(new)
+        self.previous_tokens = self.complete_tokens
+        self.scheduled_tokens = num_scheduled_tokens
 
-    def advance(self, num_scheduled_tokens: int) -> None:
-        """A step that computes this many tokens was planned; it will have ended when the next one is."""
-        if self.running:
-            self.previous_tokens = self.complete_tokens
-            self.complete_tokens += num_scheduled_tokens
-        elif num_scheduled_tokens:
-            self.running = True
-            self.previous_tokens = self.start_tokens
-            self.complete_tokens = self.start_tokens + num_scheduled_tokens
+    def end_step(self) -> None:
+        """The step ran."""
+        self.running = self.running or self.scheduled_tokens > 0
+        self.complete_tokens += self.scheduled_tokens
+        self.scheduled_tokens = 0
 
     def skip_to_present(self, caches: ChunkedCaches) -> None:
         """What is on the device now will not be stored."""
-        present_tokens = max(self.start_tokens, self.complete_tokens)
         self.next_chunk = [
-            max(first, present_tokens // caches.tokens_per_chunk(GroupId(group)))
+            max(first, self.complete_tokens // caches.tokens_per_chunk(GroupId(group)))
             for group, first in enumerate(self.next_chunk)
         ]
 

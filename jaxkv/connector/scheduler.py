@@ -1,9 +1,9 @@
 """The scheduler side of the connector: what to load, what to store, and when.
 
-The fence is the value. A store planned in ``build_connector_meta`` of step k+1 covers what was complete at the
-end of step k, and is given the arrays as they are before any load or forward pass of step k+1. Blocks that the
-loop freed, preempted, skipped behind a window or gave to another request while it planned step k+1 still hold
-their old bytes in those arrays, so nothing has to be held back.
+Value semantics are the fence. A store planned in ``build_connector_meta`` of step k+1 covers what was
+complete at the end of step k, and is given the arrays as they are before any load or forward pass of step k+1.
+Blocks that the loop freed, preempted, skipped behind a window or gave to another request while it planned step
+k+1 still hold their old bytes in those arrays, so nothing has to be held back.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class OffloadingScheduler:
         """See ``KVConnectorBase``."""
         if request.request_id in self._requests:
             raise RequestError(
-                f"request {request.request_id!r} is known already; ids must be unique among requests that have "
-                "not finished, or whose load has not landed"
+                f"request {request.request_id!r} is known already; ids must be unique among requests that "
+                "have not finished, or whose load has not landed"
             )
         ctx = ReqContext(request.request_id)
         self._requests[request.request_id] = RequestState(request, ctx)
@@ -124,7 +124,7 @@ class OffloadingScheduler:
             elif block is None:
                 raise RequestError(
                     f"group {chunk.group} has no block at position {position}, which a hit of "
-                    f"{hit.boundary_tokens} tokens is loaded into; allocate it before update_state_after_alloc"
+                    f"{hit.boundary_tokens} tokens is loaded into; allocate it first"
                 )
             else:
                 targets.append(block)
@@ -138,10 +138,12 @@ class OffloadingScheduler:
         if state.device_hit_tokens is not None:
             start = state.device_hit_tokens + num_external_tokens
         else:
-            start = tenure.start_tokens if tenure is not None else state.request.num_computed_tokens
+            start = tenure.complete_tokens if tenure is not None else state.request.num_computed_tokens
         state.device_hit_tokens = None
+        # A loop may find all tokens on the device; it computes the last one again, for its logits.
+        start = min(start, state.request.num_tokens - 1)
         tables = [list(table) for table in blocks]
-        state.tenure = Tenure(state.request, state.ctx, tables, start, next_chunk=[0] * len(tables))
+        state.tenure = Tenure(state.request, state.ctx, tables, start, start, next_chunk=[0] * len(tables))
 
     # -- one step ---------------------------------------------------------------------------------------
 
@@ -156,14 +158,17 @@ class OffloadingScheduler:
         for req_id, state in self._requests.items():
             self._drop_promise(state)
             if state.tenure is not None:
-                state.tenure.append_blocks(scheduler_output.new_block_ids.get(req_id, ()))
-                state.tenure.advance(scheduler_output.num_scheduled_tokens.get(req_id, 0))
+                new_blocks = scheduler_output.new_block_ids.get(req_id, ())
+                state.tenure.begin_step(new_blocks, scheduler_output.num_scheduled_tokens.get(req_id, 0))
         loads = tuple(self._unsent_loads.values())
         self._unsent_loads.clear()
         return OffloadingConnectorMetadata(stores, loads)
 
     def update_connector_output(self, output: KVConnectorOutput) -> None:
-        """See ``KVConnectorBase``."""
+        """See ``KVConnectorBase``. It says that the step ran; without it a step is not stored."""
+        for state in self._requests.values():
+            if state.tenure is not None:
+                state.tenure.end_step()
         if not isinstance(output.worker_meta, OffloadingWorkerMetadata):
             return
         for result in output.worker_meta.results:
@@ -212,6 +217,8 @@ class OffloadingScheduler:
         self._drop_promise(state)
         if state.load in self._unsent_loads:
             self._cancel_load(state)
+        if state.tenure is not None:
+            state.tenure.complete_tokens = min(state.tenure.complete_tokens, request.num_computed_tokens)
         self._end_tenure(state)
         state.finished = True
         if state.load is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from jaxkv.errors import ConfigError
 
@@ -28,19 +29,19 @@ def parse_bytes(size: int | str) -> int:
     """
     if isinstance(size, bool) or not isinstance(size, int | str):
         raise ConfigError(f"a size is an int or a text such as '64MiB', got {size!r}")
-    if isinstance(size, str):
-        found = _SIZE.fullmatch(size.strip())
-        if found is None or found[2].lower() not in _UNITS:
-            raise ConfigError(
-                f"cannot read the size {size!r}; write bytes, or a number and KiB, MiB, GiB, KB, MB, GB"
-            )
-        whole, _, fraction = found[1].partition(".")
-        scaled = int(whole + fraction) * _UNITS[found[2].lower()]
-        size, rest = divmod(scaled, 10 ** len(fraction))
-        if rest:
-            raise ConfigError(
-                f"the size {found[0]!r} is not a whole number of bytes; write it in a smaller unit"
-            )
-    if size < 1:
-        raise ConfigError(f"a size must be at least one byte, got {size}")
-    return size
+    num_bytes = _parse_text(size) if isinstance(size, str) else size
+    if num_bytes < 1:
+        raise ConfigError(f"a size must be at least one byte, got {size!r}")
+    return num_bytes
+
+
+def _parse_text(text: str) -> int:
+    found = _SIZE.fullmatch(text.strip())
+    if found is None or found[2].lower() not in _UNITS:
+        raise ConfigError(
+            f"cannot read the size {text!r}; write a number with KiB, MiB, GiB, KB, MB, GB or nothing"
+        )
+    num_bytes = Fraction(found[1]) * _UNITS[found[2].lower()]
+    if num_bytes.denominator != 1:
+        raise ConfigError(f"the size {text!r} is not a whole number of bytes; write it in a smaller unit")
+    return num_bytes.numerator

@@ -1,8 +1,9 @@
 """Which chunks of a request can be stored now, and from which blocks. Pure.
 
 A plan is made in the ``build_connector_meta`` of one step and submitted before anything of that step touches
-the caches. It may read every block the request held in the step before: blocks given back since, whoever owns
-them now, still hold the request's bytes in the arrays the stores are given. Blocks given back earlier may not.
+the caches. It may read every block the request held in the step before: blocks given back since, whoever
+owns them now, still hold the request's bytes in the arrays the stores are given. Those given back earlier may
+not.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class StorePlan:
 
 
 def plan_stores(caches: ChunkedCaches, view: StoreView) -> StorePlan:
-    """All complete chunks from ``view.next_chunk`` on, and where to go on next time if all of them are taken."""
+    """All complete chunks from ``view.next_chunk`` on, and where to go on if all of them are taken."""
     horizon = min(view.complete_tokens, view.limit_tokens, caches.hashed_tokens(view.block_hashes))
     planned: list[PlannedChunk] = []
     skipped: dict[ChunkId, SkipReason] = {}

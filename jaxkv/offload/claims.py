@@ -14,7 +14,8 @@ def claim(resource: object) -> None:
     """Take ``resource``; ``PoolInUseError`` if somebody has it."""
     if id(resource) in _claimed:
         raise PoolInUseError(
-            f"{resource!r} belongs to another connector; shut that one down first, or give each a pool of its own"
+            f"{resource!r} belongs to another connector; shut that one down first, "
+            "or give each a pool of its own"
         )
     _claimed[id(resource)] = resource
 

@@ -1,8 +1,8 @@
 """Which chunks to give up so that new ones fit. Keeps the order of use; frees and reserves nothing.
 
-Slots of several sizes share one byte budget: the pool is cut into slabs, and a slab serves one size at a time.
-So a slot is gained in two ways: from the coldest chunk of the same size, or by emptying a slab of another size
-that has been unused for longer than that chunk, whose room then changes owner.
+Slots of several sizes share one byte budget: the pool is cut into slabs, and a slab serves one size at a
+time. So a slot is gained in two ways: from the coldest chunk of the same size, or by emptying a slab of
+another size that has been unused for longer than that chunk, whose room then changes owner.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class EvictionOrder:
             self._mark_used(chunk, slab)
 
     def plan_room(self, sizes: Sequence[int], slots_per_slab: dict[int, int]) -> list[Chunk] | None:
-        """Chunks to evict so that one slot of each of ``sizes`` bytes comes free; ``None`` if that is impossible.
+        """Chunks to evict so that a slot comes free for each of ``sizes``; ``None`` if that is impossible.
 
         Changes nothing. Takes time proportional to ``sizes`` and to what is evicted.
         """

@@ -36,7 +36,7 @@ _BACKENDS: dict[str, Callable[[BackendOptions], OffloadingSpec]] = {"host": _mak
 
 
 def make_offloading_spec(name: str, options: BackendOptions) -> OffloadingSpec:
-    """The backend called ``name``: ``"host"``, or the dotted path of an ``OffloadingSpec`` (vLLM: its factory).
+    """The backend called ``name``: ``"host"``, or the dotted path of an ``OffloadingSpec``.
 
     A class is called with ``options`` alone. Raises ``ConfigError`` for a name that is neither.
     """

@@ -34,9 +34,8 @@ class HostOffloadingSpec(OffloadingSpec):
             -(-group.page_size_bytes // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
             for group in options.kv_cache_config.groups
         ]
-        self._own_pool = HostPool(options.host_bytes) if pool is None else None
-        self._pool = pool if self._own_pool is None else self._own_pool
-        assert self._pool is not None
+        self._owns_pool = pool is None
+        self._pool = HostPool(options.host_bytes) if pool is None else pool
         claim(self._pool)
         try:
             slot_bytes = [size * options.blocks_per_chunk for size in self._record_bytes]
@@ -57,13 +56,13 @@ class HostOffloadingSpec(OffloadingSpec):
         return self._manager
 
     def get_worker(self, kv_caches: Any) -> HostOffloadingWorker:
-        """See :class:`OffloadingSpec`. Raises ``CacheMismatchError`` for caches the config does not describe."""
+        """See :class:`OffloadingSpec`. ``CacheMismatchError`` for caches the config does not describe."""
         options = self._options
         canonical = canonicalize(kv_caches, options.kv_cache_config)
         found = [group.record_bytes for group in canonical.groups]
         if found != self._record_bytes:
             raise CacheMismatchError(
-                f"the caches keep {found} bytes per block in their groups, the specs say {self._record_bytes}; "
+                f"the groups of the caches keep {found} bytes per block, the specs say {self._record_bytes}; "
                 "set page_size_bytes of the specs to what a block really stores"
             )
         transfer = BlockTransfer(
@@ -78,5 +77,5 @@ class HostOffloadingSpec(OffloadingSpec):
 
     def _close_pool(self) -> None:
         release(self._pool)
-        if self._own_pool is not None:
-            self._own_pool.close()
+        if self._owns_pool:
+            self._pool.close()

@@ -1,4 +1,4 @@
-"""Moves chunks between cache arrays and the slots of a host pool. Knows jobs; leaves bytes to ``BlockTransfer``."""
+"""Moves chunks between cache arrays and the slots of a host pool. ``BlockTransfer`` copies."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """A small, real serving loop over paged hybrid caches."""
 
+from jaxkv.serving.build import build_engine
 from jaxkv.serving.engine import EngineConfig, EngineStats, LLMEngine
 from jaxkv.serving.model import KVCaches, Model, StepBatch
 from jaxkv.serving.request import (
@@ -24,5 +25,6 @@ __all__ = [
     "RequestStatus",
     "SamplingParams",
     "StepBatch",
+    "build_engine",
     "divide_device_bytes",
 ]

@@ -25,9 +25,9 @@ def build_engine(
     engine_config: EngineConfig | None = None,
     cache_dtype: DTypeLike = jnp.float32,
 ) -> LLMEngine:
-    """An engine whose caches take at most ``device_bytes`` and serve requests of up to ``max_tokens`` tokens.
+    """An engine whose caches take at most ``device_bytes``, for requests of up to ``max_tokens`` tokens.
 
-    ``max_tokens`` counts prompt and new tokens. Without ``offloading`` there is only the device's prefix cache.
+    ``max_tokens`` counts prompt and new tokens. Without ``offloading`` only the device caches prefixes.
     Raises :class:`ConfigError` where the device or the host budget is too small, with what would suffice.
     """
     config = replace(engine_config or EngineConfig(), max_model_len=max_tokens)

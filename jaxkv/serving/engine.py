@@ -81,7 +81,8 @@ class LLMEngine:
 
     An exception in :meth:`step` (a Ctrl-C included) costs no request: those that held blocks are queued
     again and recompute what the device cache no longer has. The caller may go on with :meth:`step`, or
-    :meth:`abort` what it no longer wants. Outputs of requests that had finished come with the next step.
+    :meth:`abort` what it no longer wants. Outputs of requests that had finished come with the next step. The
+    connector is not told that such a step ended, so it stores nothing of it.
     """
 
     def __init__(
@@ -103,8 +104,10 @@ class LLMEngine:
         self._programs = StepPrograms(model)
         self._ids = itertools.count()
         self._num_steps = 0
+        self._is_shut_down = False
         self._outputs: list[RequestOutput] = []
-        self._undelivered: KVConnectorMetadata | None = None
+        self._unsent_stores: KVConnectorMetadata | None = None
+        self._unsent_loads: KVConnectorMetadata | None = None
         self._scheduler = Scheduler(
             self._cache,
             _chunk_rules(config, cache_config),
@@ -210,9 +213,12 @@ class LLMEngine:
 
     def shutdown(self) -> None:
         """Abort what runs, let transfers end and shut the connector down. Safe to call twice."""
+        if self._is_shut_down:
+            return
         self.abort_all()
         self.flush()
         self.connector.shutdown()
+        self._is_shut_down = True
 
     @property
     def num_compilations(self) -> int:
@@ -239,10 +245,10 @@ class LLMEngine:
 
     def _run_step(self) -> None:
         self._num_steps += 1
-        self._deliver_metadata()
+        self._send_to_worker()
         plan = self._scheduler.schedule()
-        self._undelivered = plan.metadata
-        self._deliver_metadata()
+        self._unsent_stores = self._unsent_loads = plan.metadata
+        self._send_to_worker()
         sampled = self._forward(plan)
         self.kv_caches = dict(self.connector.wait_for_save(self.kv_caches))
         results = self._transfer_results(plan)
@@ -251,15 +257,15 @@ class LLMEngine:
             token, logits = sampled[part.request.request_id]
             self._take_token(part.request, token, logits, now_s)
 
-    def _deliver_metadata(self) -> None:
-        """Hand the worker side its part of the step; again in the next step if this one breaks off before."""
-        if self._undelivered is None:
-            return
-        metadata = self._undelivered
-        self.kv_caches = dict(self.connector.handle_preemptions(self.kv_caches, metadata))
-        self.connector.bind_connector_metadata(metadata)
-        self.kv_caches = dict(self.connector.start_load_kv(self.kv_caches))
-        self._undelivered = None
+    def _send_to_worker(self) -> None:
+        """Hand the worker side its part of the step; what breaks off here is sent with the next step."""
+        if self._unsent_stores is not None:
+            self.kv_caches = dict(self.connector.handle_preemptions(self.kv_caches, self._unsent_stores))
+            self._unsent_stores = None
+        if self._unsent_loads is not None:
+            self.connector.bind_connector_metadata(self._unsent_loads)
+            self.kv_caches = dict(self.connector.start_load_kv(self.kv_caches))
+            self._unsent_loads = None
 
     def _forward(self, plan: StepPlan) -> Mapping[str, tuple[int, npt.NDArray[np.float32] | None]]:
         """Run the step's programs; per sampling request the next token, and its logits where wanted."""
@@ -314,6 +320,7 @@ class LLMEngine:
         self._scheduler.restart_all(caches_lost=lost)
         if not lost:
             return
+        self.connector.reset_cache()  # it may still plan stores of what was lost
         self.kv_caches = self._model.init_caches(self.cache_config)
         if isinstance(error, Exception):
             raise DeletedCacheError(

@@ -124,7 +124,7 @@ class Scheduler:
     def finish(self, request_id: str, status: RequestStatus) -> Request | None:
         """End a request at whatever stage it is; ``None`` if no unfinished request has this id.
 
-        Its blocks are free at once, unless a load into them is under way: then they are kept until it ended.
+        Its blocks are free at once, unless the connector asks to keep them until a load into them has ended.
         """
         request = self._requests.get(request_id)
         if request is None or _is_over(request):
@@ -140,7 +140,8 @@ class Scheduler:
         try:
             keep, _ = self._connector.request_finished_all_groups(request, tables)
         finally:
-            if not keep and request_id not in self._loading:
+            if not keep:
+                self._loading.pop(request_id, None)
                 self._drop(request)
         return request
 

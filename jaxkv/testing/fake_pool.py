@@ -23,7 +23,7 @@ class FakeSlot:
 
 @final
 class FakePool:
-    """Satisfies ``jaxkv.offload.slots.SlotPool``. ``slab_bytes`` fixes the cut that ``fit_slabs`` would choose."""
+    """Satisfies ``jaxkv.offload.slots.SlotPool``; ``slab_bytes`` fixes the cut."""
 
     def __init__(self, capacity_bytes: int, slab_bytes: int | None = None) -> None:
         self.capacity_bytes = capacity_bytes

@@ -1,4 +1,4 @@
-"""A backend for tests: real bookkeeping over a fake pool, NumPy pages, and jobs that end when they are told to.
+"""A backend for tests: real bookkeeping over a fake pool, NumPy pages, and jobs that end when told to.
 
 Caches are ``{layer_name: numpy array}`` with the block axis first, and are written in place.
 """
@@ -39,9 +39,11 @@ class _Delayed:
 class FakeWorker(OffloadingWorker):
     """Moves pages between NumPy arrays and a dictionary.
 
-    A store keeps the pages as they are when it is submitted. A load overwrites its targets with garbage at once
-    and with the pages when it ends; it asserts that nobody rewrote its slots in between. While ``delayed`` is
-    true jobs end only through :meth:`finish`, in whatever order that is called. ``fail`` decides which jobs fail.
+    A store keeps the pages as they are when it is submitted. A load overwrites its targets with garbage at
+    once and with the pages when it ends; it asserts that nobody rewrote its slots in between.
+
+    While ``delayed`` is true jobs end only through :meth:`finish`, in the order it is told. ``fail`` decides
+    which jobs fail.
     """
 
     def __init__(self, config: KVCacheConfig, blocks_per_chunk: int = 1) -> None:

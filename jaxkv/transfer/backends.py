@@ -1,4 +1,4 @@
-"""The ways blocks can be moved once everything about a transfer was checked: compiled handlers, or plain JAX."""
+"""The ways to move blocks once everything about a transfer was checked: compiled handlers, or plain JAX."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TransferBackend(ABC):
 
     @abstractmethod
     def restore(self, group: GroupId, leaves: Leaves, entries: Entries) -> tuple[list[jax.Array], Status]:
-        """Start copying blocks in. Consumes ``leaves``; returns those to go on with and the status to come."""
+        """Start copying blocks in. Consumes ``leaves``; returns the new ones and the status to come."""
 
 
 def _only_device(leaf: jax.Array) -> jax.Device:
@@ -101,7 +101,7 @@ class CpuBackend(TransferBackend):
 
 @final
 class XlaBackend(TransferBackend):
-    """The page ops in plain JAX, and copies between their staging array and the pool on the caller's thread."""
+    """The page ops in plain JAX, and copies between their staging and the pool on the caller's thread."""
 
     def __init__(self, pool: HostPool, groups: Sequence[GroupPages]) -> None:
         self._arena = pool.arena_bytes

@@ -1,4 +1,4 @@
-"""`BlockTransfer` moves blocks of a model's caches to slots of a host pool and back. Knows ids and bytes, no requests."""
+"""Moves blocks of a model's caches to slots of a host pool and back. Knows ids and bytes, no requests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ from jaxkv.transfer.checks import (
 )
 from jaxkv.transfer.status import make_status
 from jaxkv.transfer.ticket import Status, Ticket
-
 
 KVCaches = Mapping[str, Any]
 
@@ -76,10 +75,10 @@ class SlotLease(Sequence[Slot]):
 class BlockTransfer:
     """Copies blocks between the caches ``canonical`` describes and slots of ``pool``.
 
-    A slot holds a chunk: ``blocks_per_chunk`` block records, one after another. ``backend`` is ``"cpu"`` (compiled
-    handlers, in place), ``"xla"`` (plain JAX, any platform) or ``"auto"``: the first of these that fits the
-    default platform. Transfers may be started from several threads. Whatever is refused raises before anything is
-    dispatched and leaves the caches usable.
+    A slot holds a chunk: ``blocks_per_chunk`` block records, one after another. ``backend`` is ``"cpu"``
+    (compiled handlers, in place), ``"xla"`` (plain JAX, any platform) or ``"auto"``: the first of these that
+    fits the default platform. Transfers may be started from several threads. Whatever is refused raises
+    before anything is dispatched and leaves the caches usable.
 
     Raises :class:`ConfigError` for options that cannot work and :class:`NativeError` for a backend this build
     does not have.
@@ -97,7 +96,7 @@ class BlockTransfer:
         self.canonical = canonical
         self.pool = pool
         self.blocks_per_chunk = blocks_per_chunk
-        self._backend = make_backend(backend, pool, canonical)
+        self.backend = make_backend(backend, pool, canonical)
         self._lock = threading.Lock()
         self._under_way: set[Ticket] = set()
         self._num_copied_leaves = 0
@@ -131,10 +130,10 @@ class BlockTransfer:
         slots: Sequence[Slot],
         first_block: int = 0,
     ) -> Ticket:
-        """Copy blocks of ``group`` to ``slots``: what they hold now, whatever is computed from the caches later.
+        """Copy what blocks of ``group`` hold now to ``slots``, whatever is computed from the caches later.
 
-        ``block_ids[j]`` (-1 skips) is block ``first_block + j`` counted from the start of the first chunk. The
-        caches stay the caller's; they may be donated as soon as this returns.
+        ``block_ids[j]`` (-1 skips) is block ``first_block + j`` counted from the start of the first chunk.
+        The caches stay the caller's; they may be donated as soon as this returns.
 
         Raises :class:`BlockIdError`, :class:`SlotError`, :class:`CacheMismatchError`,
         :class:`DeletedCacheError`, :class:`PoolClosedError` or :class:`PoolForkedError`.
@@ -143,11 +142,11 @@ class BlockTransfer:
         check_slots_differ(slots)
         entries = self._enter(group, block_ids, slots, first_block)
         with self._unpinned_on_error(slots):
-            status = self._backend.offload(group, leaves, entries)
+            status = self.backend.offload(group, leaves, entries)
         return self._start(group, entries, slots, status)
 
     def prefetch(self, group: GroupId, slots: Sequence[Slot]) -> Ticket:
-        """Start moving slots towards the device, ahead of ``restore``. On the host platform nothing is to be done."""
+        """Start moving slots towards the device, ahead of ``restore``; nothing to do on the host platform."""
         no_blocks = np.zeros(0, np.int32)
         return self._start(group, self._enter(group, no_blocks, slots, 0), slots, make_status())
 
@@ -161,16 +160,16 @@ class BlockTransfer:
     ) -> tuple[KVCaches, Ticket]:
         """Copy chunks back into blocks of ``group``, in place. Go on with the caches returned.
 
-        Arguments and errors as for :meth:`offload`; a block named twice is a :class:`BlockIdError`. The leaves
-        of the group are consumed. Where something else holds one (a NumPy view does), XLA copies it whole; then
-        :class:`CopiedCacheWarning` is given once and ``num_copied_leaves`` counts.
+        Arguments and errors as for :meth:`offload`; a block named twice is a :class:`BlockIdError`. The
+        leaves of the group are consumed. Where something else holds one (a NumPy view does), XLA copies it
+        whole; then :class:`CopiedCacheWarning` is given once and ``num_copied_leaves`` counts.
         """
         leaves = self._leaves(kv_caches, group)
         check_no_repeats(check_block_ids(block_ids, self._pages(group).num_blocks))
         before = _require_distinct_buffers(leaves)
         entries = self._enter(group, block_ids, slots, first_block)
         with self._unpinned_on_error(slots):
-            written, status = self._backend.restore(group, leaves, entries)
+            written, status = self.backend.restore(group, leaves, entries)
         self._count_copies(before, written)
         restored = self.canonical.replace(kv_caches, group, written)
         return restored, self._start(group, entries, slots, status)
@@ -185,8 +184,8 @@ class BlockTransfer:
             while count <= bucket_size(max_blocks):
                 entries = make_entries(np.full(count, -1, np.int32), (0,) * count, self._pages(group), 1, 0)
                 leaves = self._leaves(kv_caches, group)
-                jax.block_until_ready(self._backend.offload(group, leaves, entries))
-                written, _ = self._backend.restore(group, leaves, entries)
+                self.backend.offload(group, leaves, entries)
+                written, _ = self.backend.restore(group, leaves, entries)
                 kv_caches = self.canonical.replace(kv_caches, group, written)
                 count = bucket_size(count) + 1
         return kv_caches
@@ -209,7 +208,7 @@ class BlockTransfer:
         self._pages(group)
         leaves = self.canonical.group_leaves(kv_caches, group)
         for leaf in leaves:
-            self._backend.require_reachable(leaf)
+            self.backend.require_reachable(leaf)
         return leaves
 
     def _enter(
@@ -255,8 +254,8 @@ class BlockTransfer:
             self._num_copied_leaves += copied
         if first:
             warnings.warn(
-                f"a restore copied {copied} whole cache leaves, because something else still uses them (a NumPy or "
-                "DLPack view does); drop it before restoring",
+                f"a restore copied {copied} whole cache leaves, because something else still uses them (a "
+                "NumPy or DLPack view does); drop it before restoring",
                 CopiedCacheWarning,
                 stacklevel=3,
             )

@@ -20,7 +20,7 @@ _SMALLEST_BUCKET = 8
 @final
 @dataclass(frozen=True, slots=True)
 class Entries:
-    """What one program is given: int32 block ids and pool addresses, padded with -1 and 0 to a power of two."""
+    """What one program is given: int32 block ids and pool addresses, padded with -1 and 0 to a bucket."""
 
     block_ids: npt.NDArray[np.int32]
     addresses: npt.NDArray[np.int32]

@@ -1,11 +1,12 @@
 """The four ops as functions of arrays, for use inside a caller's own ``jit``, ``scan`` and the like (CPU).
 
-Page ops, ``gather_pages`` and ``scatter_pages``, are pure. Pool ops, ``offload`` and ``restore``, read and write
-a host pool that XLA does not see. Nothing but data dependence orders them and keeps them from being dropped,
-merged or moved out of a loop. So each takes a token and returns one: pass it on, and return the last one from the
-jitted function. ``offload`` also returns its leaves; go on with those.
+Page ops, ``gather_pages`` and ``scatter_pages``, are pure. Pool ops, ``offload`` and ``restore``, read and
+write a host pool that XLA does not see. Nothing but data dependence orders them and keeps them from being
+dropped, merged or moved out of a loop. So each takes a token and returns one: pass it on, and return the last
+one from the jitted function. ``offload`` also returns its leaves; go on with those.
 
-None of them fails for what ids or addresses say: entries that are wrong are skipped and counted in the status.
+None of them fails for what ids or addresses say: entries that are wrong are skipped and counted in the
+status.
 """
 
 from __future__ import annotations
@@ -26,19 +27,20 @@ from jaxkv.host_pool import HostPool
 from jaxkv.transfer.status import STATUS_SIZE
 from jaxkv.transfer.targets import GATHER_PAGES, OFFLOAD, RESTORE, SCATTER_PAGES, register_targets
 
-_STATUS = jax.ShapeDtypeStruct((STATUS_SIZE,), jnp.int32)
+_struct: Any = jax.ShapeDtypeStruct  # jax does not annotate its constructor
+_STATUS = _struct((STATUS_SIZE,), jnp.int32)
 
 
 def gather_pages(leaves: Sequence[jax.Array], block_ids: ArrayLike, pages: GroupPages) -> jax.Array:
     """The records of ``block_ids`` (int32, ``(n,)``) as ``(n, pages.record_bytes)`` uint8.
 
-    ``leaves`` are those of the group, in the order of ``pages.leaves``. Records of ids that are -1 or outside the
-    group are zero, and so are the bytes between ``pages.block_bytes`` and ``pages.record_bytes``.
+    ``leaves`` are those of the group, in the order of ``pages.leaves``. Records of ids that are -1 or outside
+    the group are zero, and so are the bytes between ``pages.block_bytes`` and ``pages.record_bytes``.
     """
     _require_leaves(leaves, pages)
     register_targets()
     ids = _as_ids(block_ids, "block_ids")
-    records = jax.ShapeDtypeStruct((ids.shape[0], pages.record_bytes), jnp.uint8)
+    records = _struct((ids.shape[0], pages.record_bytes), jnp.uint8)
     staging, _ = jax.ffi.ffi_call(GATHER_PAGES, (records, _STATUS))(ids, *leaves, **_geometry(pages))
     return staging
 
@@ -48,7 +50,8 @@ def scatter_pages(
 ) -> tuple[list[jax.Array], jax.Array]:
     """Write records ``(n, pages.record_bytes)`` uint8 to ``block_ids``; returns ``(leaves, status)``.
 
-    Donate the leaves to have them written in place. Ids that are -1 are skipped; of a repeated id the first counts.
+    Donate the leaves to have them written in place. Ids that are -1 are skipped; of a repeated id the first
+    counts.
     """
     _require_leaves(leaves, pages)
     register_targets()
@@ -74,10 +77,10 @@ def offload(
     ``addresses`` (int32, ``(n,)``) count units of 512 bytes, as ``pool.address`` does; a record takes
     ``pages.record_bytes``. The first token is ``pool.token()``. The pool is a constant of the trace.
     """
-    token, status, *written = _pool_call(OFFLOAD, pool, leaves, pages, hands_on=True)(
+    token_out, status, *written = _pool_call(OFFLOAD, pool, leaves, pages, hands_on=True)(
         _as_ids(block_ids, "block_ids"), _as_ids(addresses, "addresses"), _as_ids(token, "token")
     )
-    return token, status, written
+    return token_out, status, written
 
 
 def restore(
@@ -90,13 +93,13 @@ def restore(
 ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
     """Copy records of the pool at ``addresses[j]`` to ``block_ids[j]``; returns ``(token, status, leaves)``.
 
-    Arguments as for :func:`offload`. Donate the leaves to have them written in place. Of a repeated id the first
-    counts.
+    Arguments as for :func:`offload`. Donate the leaves to have them written in place. Of a repeated id the
+    first counts.
     """
-    token, status, *written = _pool_call(RESTORE, pool, leaves, pages, hands_on=True)(
+    token_out, status, *written = _pool_call(RESTORE, pool, leaves, pages, hands_on=True)(
         _as_ids(block_ids, "block_ids"), _as_ids(addresses, "addresses"), _as_ids(token, "token")
     )
-    return token, status, written
+    return token_out, status, written
 
 
 def read_blocks(
@@ -107,12 +110,14 @@ def read_blocks(
     addresses: ArrayLike,
     pages: GroupPages,
 ) -> jax.Array:
-    """As :func:`offload`, but a plain read: returns the status alone, which must be kept for it to happen at all.
+    """As :func:`offload`, but a plain read: returns the status alone, which must be used for it to happen.
 
     Leaves that are neither donated nor returned are not copied either, so this is the form for a program that
     does nothing else.
     """
-    _, status = _pool_call(OFFLOAD, pool, leaves, pages, hands_on=False)(
+    call = _pool_call(OFFLOAD, pool, leaves, pages, hands_on=False)
+    status: jax.Array
+    _, status = call(
         _as_ids(block_ids, "block_ids"), _as_ids(addresses, "addresses"), _as_ids(token, "token")
     )
     return status
@@ -127,7 +132,7 @@ def _pool_call(
     aliases = {2: 0} | {3 + i: 2 + i for i in range(len(returned))}
     call = jax.ffi.ffi_call(
         target,
-        (jax.ShapeDtypeStruct((1,), jnp.int32), _STATUS, *returned),
+        (_struct((1,), jnp.int32), _STATUS, *returned),
         input_output_aliases=aliases,
     )
     pool_id = np.int64(pool.pool_id)
@@ -137,7 +142,7 @@ def _pool_call(
 
 
 def _shapes(leaves: Sequence[jax.Array]) -> tuple[jax.ShapeDtypeStruct, ...]:
-    return tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    return tuple(_struct(leaf.shape, leaf.dtype) for leaf in leaves)
 
 
 def _as_ids(values: ArrayLike, name: str) -> jax.Array:
@@ -161,7 +166,7 @@ def _geometry(pages: GroupPages) -> dict[str, Any]:
 
 @lru_cache(maxsize=256)
 def _plan_rows(pages: GroupPages) -> npt.NDArray[np.int64]:
-    """The plans as ``ffi/copy.h`` lays them out, twelve numbers each; leaves by their place in ``pages.leaves``."""
+    """The plans as in ``ffi/copy.h``, twelve numbers each; leaves by their place in ``pages.leaves``."""
     place = {leaf: i for i, leaf in enumerate(pages.leaves)}
     rows = [
         (

@@ -19,7 +19,7 @@ Status = jax.Array | npt.NDArray[np.int32]
 @final
 @dataclass(frozen=True, slots=True)
 class TransferResult:
-    """How a transfer ended: bytes of blocks moved, seconds of copying, and what went wrong, if anything did."""
+    """How a transfer ended: bytes of blocks moved, seconds of copying, and what went wrong, if anything."""
 
     num_bytes: int
     elapsed_s: float
@@ -40,8 +40,8 @@ class Ticket:
 
     def done(self) -> bool:
         """Whether ``wait`` would return at once."""
-        status = self._status
-        return not isinstance(status, jax.Array) or status.is_ready()
+        is_ready = getattr(self._status, "is_ready", None)  # jax.Array does not declare it
+        return is_ready is None or bool(is_ready())
 
     def wait(self) -> TransferResult:
         """The result, once the transfer has ended. A failed transfer is a result, not an exception."""
@@ -56,7 +56,7 @@ class Ticket:
     def _read(self, status: Status) -> TransferResult:
         try:
             counts = np.asarray(status)
-        except Exception as error:  # noqa: BLE001 - whatever XLA raises is how this transfer ended
+        except Exception as error:  # Whatever XLA raises is how this transfer ended.
             return TransferResult(0, 0.0, f"the program failed: {error}")
         moved = int(counts[StatusEntry.MOVED])
         error_text = explain_refusals(counts)

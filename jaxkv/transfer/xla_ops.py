@@ -1,4 +1,4 @@
-"""The page ops in plain JAX: slower, but at home on every platform. Bytes stay bytes; nothing goes through float.
+"""The page ops in plain JAX: slower, but at home on every platform. No byte goes through float.
 
 Signatures and meaning as in :mod:`jaxkv.transfer.ops`.
 """
@@ -65,7 +65,7 @@ def scatter_pages(
 
 
 class _UnitView:
-    """A leaf as rows of the largest unit all offsets of a plan are multiples of, so that 32-bit indices reach."""
+    """A leaf as rows of the largest unit all offsets of a plan share, so that 32-bit indices reach far."""
 
     def __init__(self, plan: PagePlan, leaf_bytes: int) -> None:
         self._plan = plan
@@ -79,8 +79,8 @@ class _UnitView:
         )
         if leaf_bytes // self.unit > np.iinfo(np.int32).max:
             raise CacheMismatchError(
-                f"a leaf of {leaf_bytes} bytes in runs of {self.unit} is more than the xla backend can index; "
-                "use backend='cpu'"
+                f"a leaf of {leaf_bytes} bytes in runs of {self.unit} is more than the xla backend can index"
+                "; use backend='cpu'"
             )
 
     def leaf_rows(self, blocks: jax.Array) -> jax.Array:

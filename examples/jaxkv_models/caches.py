@@ -20,7 +20,9 @@ StateCache = tuple[jax.Array, jax.Array]
 def init_caches(config: KVCacheConfig) -> KVCaches:
     """Zeroed leaves for every layer of ``config``; no two share a buffer."""
     return {
-        name: _zero_leaves(group.spec, group.num_blocks) for group in config.groups for name in group.layer_names
+        name: _zero_leaves(group.spec, group.num_blocks)
+        for group in config.groups
+        for name in group.layer_names
     }
 
 
@@ -54,7 +56,7 @@ def read_states(cache: StateCache, blocks: jax.Array) -> tuple[jax.Array, jax.Ar
 def write_states(
     cache: StateCache, blocks: jax.Array, states: tuple[jax.Array, jax.Array], num_new: jax.Array
 ) -> StateCache:
-    """The cache with ``states`` (B, ...) in ``blocks`` (B,), in place; -1 and rows without tokens are dropped."""
+    """The cache with ``states`` (B, ...) in ``blocks`` (B,), in place; -1 and empty rows are dropped."""
     # An index past the end is dropped, while a negative one would wrap around.
     targets = jnp.where((blocks >= 0) & (num_new > 0), blocks, cache[0].shape[0])
     conv, recurrent = (

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from hybrid_models.arrays import SLICE_ELEMENTS, HostTensor, aligned_empty, check_shape
 from jaxkv.errors import WeightsError
+from jaxkv_models.arrays import SLICE_ELEMENTS, HostTensor, aligned_empty, check_shape
 
 
 @final
@@ -68,7 +68,7 @@ class HFDirectory:
 
 
 def open_directory(path: Path) -> HFDirectory:
-    """Parses the config of ``path``. Raises :class:`WeightsError` when there is none or it is no JSON object."""
+    """Parses the config of ``path``. Raises :class:`WeightsError` when there is none or it is damaged."""
     config_path = path / "config.json"
     if not config_path.is_file():
         raise WeightsError(f"{path} has no config.json; give a directory in the Hugging Face layout")
@@ -84,7 +84,7 @@ def open_directory(path: Path) -> HFDirectory:
 def require(config: Mapping[str, Any], key: str, directory: Path) -> Any:
     """``config[key]``. Raises :class:`WeightsError` when it is missing."""
     if config.get(key) is None:
-        raise WeightsError(f"{directory / 'config.json'} has no {key!r}; use the config the weights came with")
+        raise WeightsError(f"{directory / 'config.json'} has no {key!r}; use the config of the weights")
     return config[key]
 
 

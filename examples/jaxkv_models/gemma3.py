@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from hybrid_models import attention, caches, layers
 from jaxkv.serving.model import KVCaches, StepBatch
 from jaxkv.spec import FullAttentionSpec, KVCacheConfig, LayerSpec, SlidingWindowSpec
+from jaxkv_models import attention, caches, layers
 
 
 @final

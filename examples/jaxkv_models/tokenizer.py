@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrid_models.gguf_file import GGUFFile
 from jaxkv.errors import WeightsError
+from jaxkv_models.gguf_file import GGUFFile
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -17,12 +17,12 @@ _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
 
 def read_tokenizer_json(directory: Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory. Raises :class:`WeightsError` when it has none or a damaged one."""
+    """The tokenizer of a Hugging Face directory. Raises :class:`WeightsError` when there is no sound one."""
     from tokenizers import Tokenizer  # noqa: PLC0415
 
     path = directory / "tokenizer.json"
     if not path.is_file():
-        raise WeightsError(f"{directory} has no tokenizer.json; give token ids, or add the model's tokenizer.json")
+        raise WeightsError(f"{directory} has no tokenizer.json; add the model's, or give token ids")
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower
@@ -32,8 +32,8 @@ def read_tokenizer_json(directory: Path) -> Tokenizer:
 def build_from_gguf(file: GGUFFile) -> Tokenizer:
     """A SentencePiece-style BPE tokenizer from the tokens, scores and types in ``file``.
 
-    A merge is every way to split a token into two others, better scores first: what SentencePiece does when it
-    joins the pair with the best score.
+    Every way to split a token into two others is a merge, the best scores first; so merging by rank is what
+    SentencePiece does when it joins the pair with the best score.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors  # noqa: PLC0415
 

@@ -1,7 +1,7 @@
 """Bamba over paged caches: Mamba-2 with a few full-attention layers (IBM, Princeton, CMU and UIUC 2024).
 
-Mamba-2 follows Dao and Gu 2024, "Transformers are SSMs", arXiv:2405.21060; prefill runs its chunked form, which
-is matrix products. Attention rotates part of each head; every layer ends in a SwiGLU.
+Mamba-2 follows Dao and Gu 2024, "Transformers are SSMs", arXiv:2405.21060; prefill runs its chunked form,
+which is matrix products. Attention rotates part of each head; every layer ends in a SwiGLU.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from hybrid_models import attention, caches, layers
-from hybrid_models.ssd import SSDInputs, chunked_ssd
 from jaxkv.serving.model import KVCaches, StepBatch
 from jaxkv.spec import FullAttentionSpec, KVCacheConfig, LayerSpec, MambaSpec
+from jaxkv_models import attention, caches, layers
+from jaxkv_models.ssd import SSDInputs, chunked_ssd
 
 
 @final
@@ -67,7 +67,8 @@ class BambaConfig:
             shapes["lm_head.weight"] = (self.vocab_size, hidden)
         for layer, is_mamba in enumerate(self.is_mamba):
             mixer = self._mamba_shapes() if is_mamba else self._attention_shapes()
-            shapes |= {f"layers.{layer}.{name}": shape for name, shape in (mixer | self._mlp_shapes()).items()}
+            in_layer = mixer | self._mlp_shapes()
+            shapes |= {f"layers.{layer}.{name}": shape for name, shape in in_layer.items()}
         return shapes
 
     def _mlp_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -81,7 +82,8 @@ class BambaConfig:
         }
 
     def _attention_shapes(self) -> dict[str, tuple[int, ...]]:
-        hidden, q_dim, kv_dim = self.hidden_size, self.num_heads * self.head_size, self.num_kv_heads * self.head_size
+        hidden = self.hidden_size
+        q_dim, kv_dim = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
         return {
             "self_attn.q_proj.weight": (q_dim, hidden),
             "self_attn.k_proj.weight": (kv_dim, hidden),

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hybrid_models.arrays import HostTensor, load_tensors
-from hybrid_models.bamba import Bamba, BambaConfig
-from hybrid_models.hf_directory import HFDirectory
-from hybrid_models.recurrent_gemma import RecurrentGemma, RecurrentGemmaConfig
 from jaxkv.errors import WeightsError
+from jaxkv_models.arrays import HostTensor, load_tensors
+from jaxkv_models.bamba import Bamba, BambaConfig
+from jaxkv_models.hf_directory import HFDirectory
+from jaxkv_models.recurrent_gemma import RecurrentGemma, RecurrentGemmaConfig
 
 
 def load_recurrent_gemma(directory: HFDirectory, name: str) -> RecurrentGemma:
@@ -82,7 +82,7 @@ def _bamba_config(directory: HFDirectory) -> BambaConfig:
     num_heads, hidden_size = directory.value("num_attention_heads"), directory.value("hidden_size")
     mamba_heads, inner = directory.value("mamba_n_heads"), raw.get("mamba_expand", 2) * hidden_size
     head_size = hidden_size // num_heads
-    attention_layers = set(raw.get("attn_layer_indices") or ())
+    num_layers, attention_layers = directory.value("num_hidden_layers"), raw.get("attn_layer_indices") or ()
     base, rotary_dim = _rope(raw, head_size)
     return BambaConfig(
         vocab_size=directory.value("vocab_size"),
@@ -91,7 +91,7 @@ def _bamba_config(directory: HFDirectory) -> BambaConfig:
         num_heads=num_heads,
         num_kv_heads=raw.get("num_key_value_heads") or num_heads,
         head_size=head_size,
-        is_mamba=tuple(layer not in attention_layers for layer in range(directory.value("num_hidden_layers"))),
+        is_mamba=tuple(layer not in attention_layers for layer in range(num_layers)),
         mamba_heads=mamba_heads,
         mamba_head_size=inner // mamba_heads,
         mamba_groups=raw.get("mamba_n_groups", 1),

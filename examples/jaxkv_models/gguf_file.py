@@ -1,7 +1,7 @@
 """Reads GGUF files: metadata, tensor directory, tensors as float32. Knows nothing of models.
 
-The ``gguf`` package turns quantized bytes into numbers; its reader is not used, for it makes an object of every
-token in the vocabulary: ten seconds and 0.7 GiB for a file that this module opens in well under a second.
+The ``gguf`` package turns quantized bytes into numbers. Its reader is not used, for it makes an object of
+every token in the vocabulary: ten seconds and 0.7 GiB for a file that opens here in well under a second.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -17,8 +17,8 @@ from typing import Any, final
 
 import numpy as np
 
-from hybrid_models.arrays import SLICE_ELEMENTS, HostTensor, aligned_empty
 from jaxkv.errors import WeightsError
+from jaxkv_models.arrays import SLICE_ELEMENTS, HostTensor, aligned_empty
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -79,8 +79,8 @@ def open_gguf(path: Path) -> GGUFFile:
             try:
                 opened = _parse(path, _Cursor(data))
                 end = len(data)
-            except (struct.error, IndexError, UnicodeDecodeError) as error:
-                raise WeightsError(f"{path} is cut off or damaged in its header; download it again") from error
+            except (struct.error, IndexError, KeyError, UnicodeDecodeError) as error:
+                raise WeightsError(f"{path} is cut off or damaged in its header; download again") from error
     _check_extent(opened, end)
     return opened
 
@@ -147,9 +147,12 @@ def _tensor_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 def _check_extent(opened: GGUFFile, file_bytes: int) -> None:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # noqa: PLC0415
 
+    known = {int(kind) for kind in GGMLQuantizationType}
     for name, info in opened.tensors.items():
-        if info.kind not in {int(kind) for kind in GGMLQuantizationType}:
-            raise WeightsError(f"tensor {name!r} of {opened.path} has type {info.kind}; update the gguf package")
+        if info.kind not in known:
+            raise WeightsError(
+                f"{name!r} of {opened.path} has tensor type {info.kind}; update the gguf package"
+            )
         block_elements, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(info.kind)]
         end = info.offset + math.prod(info.shape) // block_elements * block_bytes
         if end > file_bytes:

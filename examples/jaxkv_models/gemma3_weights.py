@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hybrid_models.arrays import HostTensor, check_shape, load_tensors
-from hybrid_models.gemma3 import Gemma3, Gemma3Config
-from hybrid_models.gguf_file import GGUFFile
-from hybrid_models.hf_directory import HFDirectory, require
 from jaxkv.errors import WeightsError
+from jaxkv_models.arrays import HostTensor, check_shape, load_tensors
+from jaxkv_models.gemma3 import Gemma3, Gemma3Config
+from jaxkv_models.gguf_file import GGUFFile
+from jaxkv_models.hf_directory import HFDirectory, require
 
 _SLIDING_PATTERN = 6
 """One full-attention layer in six where the file does not say; GGUF files never do."""
@@ -108,7 +108,9 @@ def load_hf(directory: HFDirectory, name: str) -> Gemma3:
 def _hf_config(raw: Mapping[str, Any], directory: HFDirectory) -> Gemma3Config:
     where = directory.path
     if raw.get("final_logit_softcapping") or raw.get("attn_logit_softcapping"):
-        raise WeightsError(f"{where / 'config.json'} asks for logit soft-capping, which Gemma 3 models do not use")
+        raise WeightsError(
+            f"{where / 'config.json'} asks for soft-capping, which this model file does not know"
+        )
     num_layers = require(raw, "num_hidden_layers", where)
     is_sliding = _pattern(num_layers, raw.get("sliding_window_pattern") or _SLIDING_PATTERN)
     if raw.get("layer_types"):

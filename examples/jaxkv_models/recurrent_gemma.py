@@ -1,7 +1,8 @@
-"""RecurrentGemma (Griffin) over paged caches (De et al. 2024, arXiv:2402.19427; Botev et al. 2024, arXiv:2404.07839).
+"""RecurrentGemma over paged caches (Botev et al. 2024, arXiv:2404.07839).
 
-Two recurrent blocks (short convolution, then the real-gated linear recurrent unit RG-LRU) to one block of
-local attention, each followed by a gated MLP; tied embeddings and capped logits.
+Its design is Griffin (De et al. 2024, arXiv:2402.19427): two recurrent blocks (a short
+convolution, then the real-gated linear recurrent unit RG-LRU) to one block of local attention, each followed
+by a gated MLP; tied embeddings and capped logits.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 
-from hybrid_models import attention, caches, layers
 from jaxkv.serving.model import KVCaches, StepBatch
 from jaxkv.spec import KVCacheConfig, LayerSpec, MambaSpec, SlidingWindowSpec
+from jaxkv_models import attention, caches, layers
 
 _GATE_POWER = 8.0
 """``c`` in the paper: the recurrence is ``sigmoid(recurrent_param) ** (c * gate)``."""
@@ -71,7 +72,8 @@ class RecurrentGemmaConfig:
         }
 
     def _attention_shapes(self) -> dict[str, tuple[int, ...]]:
-        hidden, q_dim, kv_dim = self.hidden_size, self.num_heads * self.head_size, self.num_kv_heads * self.head_size
+        hidden = self.hidden_size
+        q_dim, kv_dim = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
         return {
             "q_proj.weight": (q_dim, hidden),
             "k_proj.weight": (kv_dim, hidden),
@@ -158,10 +160,11 @@ class RecurrentGemma:
             weights, name = layers.subtree(params, f"layers.{i}."), layer_name(i, recurrent=is_recurrent)
             temporal = layers.subtree(weights, "temporal_block.")
             hidden = layers.rms_norm(x, weights["temporal_pre_norm.weight"], config.rms_eps)
+            cache = kv_caches[name]
             if is_recurrent:
-                out, new_caches[name] = _recurrent_block(temporal, hidden, kv_caches[name], (batch, state_blocks))
+                out, new_caches[name] = _recurrent_block(temporal, hidden, cache, (batch, state_blocks))
             else:
-                out, new_caches[name] = _attention(config, temporal, hidden, kv_caches[name], (plan, angles))
+                out, new_caches[name] = _attention(config, temporal, hidden, cache, (plan, angles))
             x = x + out
             hidden = layers.rms_norm(x, weights["channel_pre_norm.weight"], config.rms_eps)
             x = x + layers.gated_mlp(layers.subtree(weights, "mlp_block."), hidden, layers.gelu_tanh)
@@ -217,7 +220,7 @@ def _recurrent_block(
 def _rg_lru(
     weights: layers.Params, u: jax.Array, state: jax.Array, batch: StepBatch
 ) -> tuple[jax.Array, jax.Array]:
-    """RG-LRU on ``u`` (B, T, W) from ``state`` (B, W); returns (B, T, W) and the state after the last real token.
+    """RG-LRU on ``u`` (B, T, W) from ``state`` (B, W) to all outputs and the last state.
 
     ``h[t] = a[t] * h[t - 1] + sqrt(1 - a[t] ** 2) * i[t] * u[t]``, without the root at position 0. One token
     after another, so that where a prompt is cut into chunks changes no bit.

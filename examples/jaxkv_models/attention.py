@@ -116,7 +116,7 @@ def attend(plan: AttentionPlan, cache: PageCache, q: jax.Array, scale: float) ->
     rows = grouped.shape[:-1]
     start = (jnp.full(rows, _LOWEST_PEAK), jnp.zeros(rows), jnp.zeros(grouped.shape))
     _, total, acc = jax.lax.fori_loop(0, num_tiles, add_tile, start)
-    out = acc / jnp.maximum(total, 1e-30)[..., None]
+    out: jax.Array = acc / jnp.maximum(total, 1e-30)[..., None]
     return out.transpose(0, 2, 1, 3, 4).reshape(batch, steps, num_heads * head_size)
 
 

@@ -36,7 +36,8 @@ def cached_gguf(cache_dir: Path | None = None) -> Path:
     ``cache_dir`` defaults to ``jaxkv`` under ``XDG_CACHE_HOME`` or ``~/.cache``. Raises :class:`WeightsError`
     when the package is not installed, its parts are altered, or the file cannot be written.
     """
-    directory = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxkv"
+    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    directory = cache_dir or Path(user_cache) / "jaxkv"
     target = directory / _FILE_NAME
     if target.is_file() and file_sha256(target) == SHA256:
         return target
@@ -45,7 +46,7 @@ def cached_gguf(cache_dir: Path | None = None) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         _join(parts, target)
     except OSError as error:
-        raise WeightsError(f"cannot write {target} ({error}); set XDG_CACHE_HOME to a writable place") from error
+        raise WeightsError(f"cannot write {target} ({error}); point XDG_CACHE_HOME elsewhere") from error
     print(_NOTICE, file=sys.stderr)
     return target
 

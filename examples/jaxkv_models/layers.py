@@ -36,7 +36,7 @@ def linear(params: Params, name: str, x: jax.Array) -> jax.Array:
     inner = (((1,), (1,)), ((), ()))
     if 1 < len(rows) <= _FEW_ROWS:
         # Without the barrier the compiler folds the transpose away by swapping the operands back.
-        y = jax.lax.optimization_barrier(jax.lax.dot_general(weight, rows, inner)).T
+        y = _keep(jax.lax.dot_general(weight, rows, inner)).T
     else:
         y = jax.lax.dot_general(rows, weight, inner)
     y = y.reshape(*x.shape[:-1], -1)
@@ -44,9 +44,16 @@ def linear(params: Params, name: str, x: jax.Array) -> jax.Array:
     return y if bias is None else y + bias
 
 
+def _keep(x: jax.Array) -> jax.Array:
+    """``x``, computed as it is written."""
+    kept: jax.Array = jax.lax.optimization_barrier(x)  # type: ignore[no-untyped-call]
+    return kept
+
+
 def gated_mlp(params: Params, x: jax.Array, activation: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """``down(activation(gate(x)) * up(x))`` (Shazeer 2020, "GLU variants improve Transformer")."""
-    return linear(params, "down_proj", activation(linear(params, "gate_proj", x)) * linear(params, "up_proj", x))
+    gate = activation(linear(params, "gate_proj", x))
+    return linear(params, "down_proj", gate * linear(params, "up_proj", x))
 
 
 def gelu_tanh(x: jax.Array) -> jax.Array:

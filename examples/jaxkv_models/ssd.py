@@ -25,7 +25,7 @@ class SSDInputs(NamedTuple):
 def chunked_ssd(inputs: SSDInputs, state: jax.Array, chunk_tokens: int) -> tuple[jax.Array, jax.Array]:
     """Runs ``s[t] = exp(a * dt[t]) * s[t - 1] + dt[t] * x[t] b[t]``, ``y[t] = s[t] c[t]`` from ``state``.
 
-    ``state`` (B, H, D, N). Returns y (B, T, H, D) and the last state. Tokens with ``dt == 0`` do not touch it.
+    ``state`` (B, H, D, N). Returns y (B, T, H, D) and the last state; ``dt == 0`` leaves it alone.
     """
     rows, tokens, num_heads, head_size = inputs.x.shape
     groups = inputs.b.shape[2]
@@ -55,7 +55,10 @@ def chunked_ssd(inputs: SSDInputs, state: jax.Array, chunk_tokens: int) -> tuple
 def _one_chunk(
     state: jax.Array, chunk: tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """One chunk from ``state`` (B, G, R, D, N): x (B, L, G, R, D), log decay (B, L, G, R), b and c (B, L, G, N)."""
+    """One chunk from ``state`` (B, G, R, D, N).
+
+    ``chunk`` holds x (B, L, G, R, D), log decay (B, L, G, R), b and c (B, L, G, N).
+    """
     x, log_decay, b, c = chunk
     total = jnp.cumsum(log_decay, axis=1)
     decay = jnp.exp(total)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybrid_models import gemma3_weights, gemma_package, hf_models, tokenizer
-from hybrid_models.gguf_file import GGUFFile, open_gguf
-from hybrid_models.hf_directory import HFDirectory, open_directory
 from jaxkv.errors import WeightsError
 from jaxkv.serving.model import Model
+from jaxkv_models import gemma3_weights, gemma_package, hf_models, tokenizer
+from jaxkv_models.gguf_file import GGUFFile, open_gguf
+from jaxkv_models.hf_directory import HFDirectory, open_directory
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_HF_LOADERS = {
+_HF_LOADERS: dict[str, Callable[[HFDirectory, str], Model]] = {
     "bamba": hf_models.load_bamba,
     "gemma3": gemma3_weights.load_hf,
     "gemma3_text": gemma3_weights.load_hf,
@@ -35,7 +36,7 @@ def load_model(model: str | Path) -> Model:
         case GGUFFile():
             architecture = source.metadata.get("general.architecture")
             if architecture != "gemma3":
-                raise WeightsError(f"{source.path} has architecture {architecture!r}; only 'gemma3' is supported")
+                raise WeightsError(f"{source.path} has architecture {architecture!r}; supported is gemma3")
             return gemma3_weights.load_gguf(source, _revision([source.path]))
         case HFDirectory():
             kind = source.config.get("model_type")
@@ -65,7 +66,8 @@ def _open(model: str | Path) -> GGUFFile | HFDirectory:
         return open_directory(path)
     if not path.is_file():
         raise WeightsError(
-            f"there is no model {str(model)!r}; give {gemma_package.NAME}, a .gguf file or a Hugging Face directory"
+            f"there is no model {str(model)!r}; "
+            f"give {gemma_package.NAME}, a .gguf file or a Hugging Face directory"
         )
     return open_gguf(path)
 

@@ -1,0 +1,319 @@
+"""The host pool: sizes, slots, views and the ways it refuses to be used."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxkv import host_pool
+from jaxkv.errors import (
+    ConfigError,
+    NativeError,
+    PoolClosedError,
+    PoolForkedError,
+    PoolFull,
+    PoolInUseError,
+    SlotError,
+)
+from jaxkv.host_pool import HostPool
+from jaxkv.memory_limit import memory_limit_bytes
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(("asked", "given"), [(1, 4096), (4096, 4096), (3 * MIB + 1, 3 * MIB + 4096)])
+def test_capacity_is_rounded_up_to_whole_pages_and_no_further(asked: int, given: int) -> None:
+    with HostPool(asked) as pool:
+        assert pool.capacity_bytes == given
+        assert pool.free_bytes == given
+        assert pool.used_bytes == 0
+
+
+def test_the_whole_pool_is_resident_from_the_start() -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident_bytes()
+    with HostPool(64 * MIB):
+        assert resident_bytes() - before > 60 * MIB
+    assert resident_bytes() - before < 30 * MIB
+
+
+@pytest.mark.parametrize("capacity", [0, -4096, 1.5, True, "64MiB", None, 2**41], ids=repr)
+def test_a_capacity_that_is_no_sensible_number_of_bytes_is_an_error(capacity: object) -> None:
+    with pytest.raises(ConfigError, match=str(capacity)):
+        HostPool(capacity)  # type: ignore[arg-type]
+
+
+def test_a_capacity_beyond_the_memory_of_the_machine_names_both_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(host_pool, "memory_limit_bytes", lambda: 8 * MIB)
+    with pytest.raises(ConfigError, match=f"{8 * MIB + 1} bytes is more than the {8 * MIB} bytes"):
+        HostPool(8 * MIB + 1)
+
+
+def write_limit(root: Path, path: str, text: str) -> None:
+    file = root / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+def test_the_memory_limit_is_the_smallest_of_all_control_groups(tmp_path: Path) -> None:
+    physical = memory_limit_bytes(tmp_path)
+    write_limit(tmp_path, "proc/self/cgroup", "4:cpu:/x\n3:memory:/a/b\n0::/c\n")
+    assert memory_limit_bytes(tmp_path) == physical
+    write_limit(tmp_path, "sys/fs/cgroup/c/memory.max", "max\n")
+    write_limit(tmp_path, "sys/fs/cgroup/memory/a/b/memory.limit_in_bytes", f"{2**63 - 4096}\n")
+    assert memory_limit_bytes(tmp_path) == physical
+    write_limit(tmp_path, "sys/fs/cgroup/memory/a/memory.limit_in_bytes", "5000000\n")
+    assert memory_limit_bytes(tmp_path) == 5000000
+    write_limit(tmp_path, "sys/fs/cgroup/memory.max", "4000000\n")
+    assert memory_limit_bytes(tmp_path) == 4000000
+
+
+@pytest.mark.parametrize(("slot_bytes", "alignment"), [(1, 512), (600, 512), (4095, 512), (4097, 4096)])
+def test_slots_are_aligned_disjoint_and_inside_the_pool(slot_bytes: int, alignment: int) -> None:
+    with HostPool(MIB) as pool:
+        slots = pool.reserve_slots(slot_bytes, 20)
+        ranges = sorted((slot.offset, slot.offset + slot.num_bytes) for slot in slots)
+        assert all(start % alignment == 0 for start, _ in ranges)
+        assert all(stop <= start for (_, stop), (start, _) in pairwise(ranges))
+        assert ranges[-1][1] <= pool.capacity_bytes
+        assert [pool.address(slot) * 512 for slot in slots] == [slot.offset for slot in slots]
+        for slot in slots:
+            pool.free(slot)
+
+
+def test_a_full_pool_keeps_nothing_of_a_reservation_it_refuses() -> None:
+    with HostPool(MIB) as pool:
+        held = pool.reserve_slots(64 << 10, 10)
+        with pytest.raises(PoolFull, match="6 free slots of 65536 bytes, 7 were asked for"):
+            pool.reserve_slots(64 << 10, 7)
+        held += pool.reserve_slots(64 << 10, 6)
+        assert pool.try_reserve(64 << 10) is None
+        assert pool.free_bytes == 0
+        for slot in held:
+            pool.free(slot)
+        assert pool.free_bytes == MIB
+
+
+def test_sizes_take_slabs_from_each_other_once_these_are_empty() -> None:
+    with HostPool(64 << 10) as pool:
+        pool.fit_slabs((16 << 10, 600))
+        assert pool.num_slabs == 4
+        assert pool.max_slots(16 << 10) == 4
+        large = pool.reserve_slots(16 << 10, 3)
+        small = pool.reserve_slots(600, 16)
+        assert {pool.slab_of(slot) for slot in small}.isdisjoint(pool.slab_of(slot) for slot in large)
+        assert pool.try_reserve(600) is None
+        pool.free(large.pop())
+        extra = pool.reserve_slots(600, 1)
+        for slot in (*large, *small, *extra):
+            pool.free(slot)
+
+
+def test_a_slot_larger_than_the_pool_is_an_error_that_names_both() -> None:
+    with HostPool(8192) as pool, pytest.raises(ConfigError, match="8192 bytes cannot hold one slot of 12288"):
+        pool.reserve_slots(8193, 1)
+
+
+def test_a_size_that_no_longer_fits_the_slabs_in_use_says_what_to_do() -> None:
+    with HostPool(MIB) as pool:
+        (slot,) = pool.reserve_slots(512, 1)
+        with pytest.raises(ConfigError, match=r"fit_slabs\(\) before the first slot"):
+            pool.try_reserve(512 << 10)
+        pool.free(slot)
+        (large,) = pool.reserve_slots(512 << 10, 1)
+        pool.free(large)
+
+
+def test_a_freed_slot_is_an_error_even_after_its_place_was_given_to_another() -> None:
+    with HostPool(4096) as pool:
+        (old,) = pool.reserve_slots(4096, 1)
+        pool.free(old)
+        for use in (pool.free, pool.view, pool.address, pool.slab_of):
+            with pytest.raises(SlotError, match="was freed"):
+                use(old)
+        (new,) = pool.reserve_slots(4096, 1)
+        assert new.offset == old.offset
+        with pytest.raises(SlotError, match="was freed"):
+            pool.view(old)
+        pool.free(new)
+
+
+def test_a_slot_of_another_pool_is_an_error() -> None:
+    with HostPool(4096) as pool, HostPool(4096) as other:
+        (slot,) = pool.reserve_slots(4096, 1)
+        (same_place,) = other.reserve_slots(4096, 1)
+        with pytest.raises(SlotError, match="a slot of another pool"):
+            other.free(slot)
+        pool.free(slot)
+        other.free(same_place)
+
+
+def test_a_view_is_the_slots_memory_and_has_its_exact_size() -> None:
+    with HostPool(MIB) as pool:
+        slot, other = pool.reserve_slots(5000, 2)
+        view = pool.view(slot)
+        assert (len(view), view.readonly, view.format) == (5000, False, "B")
+        view[:] = bytes(range(250)) * 20
+        assert bytes(pool.view(slot)) == bytes(range(250)) * 20
+        assert not any(pool.view(other))
+        pool.free(slot)
+        pool.free(other)
+
+
+def test_a_freed_slot_is_not_given_away_while_it_is_viewed() -> None:
+    with HostPool(8192) as pool:
+        first, second = pool.reserve_slots(4096, 2)
+        array = np.frombuffer(pool.view(first), np.uint8)
+        pool.free(first)
+        assert pool.try_reserve(4096) is None
+        assert pool.used_bytes == 8192
+        del array
+        gc.collect()
+        again = pool.try_reserve(4096)
+        assert again is not None
+        assert again.offset == first.offset
+        pool.free(again)
+        pool.free(second)
+
+
+def test_a_view_outlives_its_pool() -> None:
+    pool = HostPool(4096)
+    (slot,) = pool.reserve_slots(4096, 1)
+    view = pool.view(slot)
+    view[:4] = b"kept"
+    pool.free(slot)
+    pool.close()
+    assert bytes(view[:4]) == b"kept"
+    view[4:8] = b"safe"
+
+
+def test_leaving_a_pool_with_slots_in_use_is_an_error_but_closes_it() -> None:
+    with pytest.raises(PoolInUseError, match="closed with 2 slots in use"), HostPool(MIB) as pool:
+        pool.reserve_slots(512, 2)
+    assert pool.closed
+    pool.close()
+
+
+def test_an_error_inside_the_with_block_is_not_hidden_by_slots_in_use() -> None:
+    pool = HostPool(MIB)
+
+    def fail() -> None:
+        with pool:
+            pool.reserve_slots(512, 1)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert pool.closed
+
+
+def test_a_closed_pool_refuses_everything() -> None:
+    pool = HostPool(MIB)
+    (slot,) = pool.reserve_slots(512, 1)
+    pool.free(slot)
+    pool.close()
+    for use in (
+        lambda: pool.reserve_slots(512, 1),
+        lambda: pool.try_reserve(512),
+        lambda: pool.free(slot),
+        lambda: pool.view(slot),
+        lambda: pool.pin([slot]),
+        lambda: pool.used_bytes,
+        lambda: pool.max_slots(512),
+        pool.arena_bytes,
+    ):
+        with pytest.raises(PoolClosedError, match="open a new one"):
+            use()
+
+
+def test_the_native_view_checks_its_range_and_the_arena_itself() -> None:
+    with HostPool(8192) as pool:
+        arena = pool._arena
+        for offset, length in ((-1, 1), (0, 8193), (8192, 1), (2**62, 2**62), (0, -1)):
+            with pytest.raises(IndexError):
+                arena.view(offset, length)
+    with pytest.raises(PoolClosedError):
+        arena.view(0, 1)
+    with pytest.raises(ConfigError):
+        type(arena)(-1)
+
+
+def test_a_refused_allocation_is_an_error_and_not_a_crash() -> None:
+    with HostPool(4096) as pool, pytest.raises(ConfigError, match="the system refused"):
+        type(pool._arena)(2**60)
+
+
+def test_a_missing_extension_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jaxkv._native", None)
+    monkeypatch.delattr("jaxkv._native", raising=False)
+    with pytest.raises(NativeError, match=r"pip install \."):
+        HostPool(4096)
+
+
+def test_a_pool_cannot_be_used_in_a_forked_child() -> None:
+    script = """
+        import os
+        from jaxkv.errors import PoolForkedError
+        from jaxkv.host_pool import HostPool
+
+        pool = HostPool(1 << 16)
+        (slot,) = pool.reserve_slots(4096, 1)
+        view = pool.view(slot)
+        child = os.fork()
+        if child == 0:
+            uses = (
+                lambda: pool.view(slot), lambda: pool.free(slot), lambda: pool.try_reserve(512), pool.close,
+                lambda: pool._arena.view(0, 1),
+            )
+            refused = 0
+            for use in uses:
+                try:
+                    use()
+                except PoolForkedError as error:
+                    refused += "after fork" in str(error)
+            view[:] = bytes(4096)
+            os._exit(0 if refused == len(uses) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        view[:2] = b"ok"
+        assert bytes(pool.view(slot)[:2]) == b"ok"
+        pool.free(slot)
+        pool.close()
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=60)
+
+
+def test_threads_never_share_a_slot() -> None:
+    with HostPool(4 * MIB) as pool:
+        clashes: list[int] = []
+
+        def work(mark: int) -> None:
+            for round_ in range(50):
+                slots = pool.reserve_slots((600, 5000, 70000)[(mark + round_) % 3], 2)
+                for slot in slots:
+                    pool.view(slot)[:] = bytes([mark]) * slot.num_bytes
+                for slot in slots:
+                    if set(pool.view(slot)) != {mark}:
+                        clashes.append(mark)
+                    pool.free(slot)
+
+        pool.fit_slabs((600, 5000, 70000))
+        threads = [threading.Thread(target=work, args=(mark,)) for mark in range(1, 5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not clashes
+        assert pool.used_bytes == 0

@@ -1,0 +1,200 @@
+"""The pure page ops against the NumPy reference, eager and inside a caller's own programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkv.canonical import GroupPages, PagePlacement, canonicalize
+from jaxkv.errors import BlockIdError, CacheMismatchError
+from jaxkv.keys import GroupId
+from jaxkv.layout import PagePlan
+from jaxkv.testing import LAYOUT_CASES, LayoutCase, assert_same_bytes, layout_case
+from jaxkv.testing.arrays import as_bytes
+from jaxkv.transfer import ops, reference, xla_ops
+from jaxkv.transfer.status import StatusEntry, explain_refusals, make_status
+
+OPS = pytest.mark.parametrize("ops_of", [ops, xla_ops], ids=["cpu", "xla"])
+BLOCK_IDS = np.array([3, -1, 0, 5, 99, -7], np.int32)
+
+
+def group_of(case: LayoutCase, seed: int = 1, group: int = 0) -> tuple[list[jax.Array], GroupPages]:
+    kv_caches = case.build(seed)
+    canonical = canonicalize(kv_caches, case.config, case.hints)
+    return canonical.group_leaves(kv_caches, GroupId(group)), canonical.groups[group]
+
+
+def host_bytes(leaves: list[jax.Array]) -> list[np.ndarray]:
+    return [as_bytes(leaf).copy() for leaf in leaves]
+
+
+def counts(status: jax.Array) -> dict[str, int]:
+    """The non-zero counts of a status, without the time."""
+    named = zip(StatusEntry, np.array(status), strict=True)
+    return {entry.name: int(n) for entry, n in named if n and entry is not StatusEntry.ELAPSED_US}
+
+
+@OPS
+@pytest.mark.parametrize("case", LAYOUT_CASES, ids=str)
+def test_gather_equals_the_reference(case: LayoutCase, ops_of: Any) -> None:
+    leaves, pages = group_of(case)
+    staging = jax.jit(lambda ids, *xs: ops_of.gather_pages(xs, ids, pages))(BLOCK_IDS, *leaves)
+    expected = reference.gather_pages(host_bytes(leaves), BLOCK_IDS, pages)
+    assert staging.shape == (len(BLOCK_IDS), pages.record_bytes)
+    assert_same_bytes(staging, expected)
+
+
+@OPS
+@pytest.mark.parametrize("case", LAYOUT_CASES, ids=str)
+def test_scatter_equals_the_reference(case: LayoutCase, ops_of: Any) -> None:
+    leaves, pages = group_of(case)
+    source, _ = group_of(case, seed=2)
+    ids = np.append(BLOCK_IDS, np.int32(0))
+    staging = reference.gather_pages(host_bytes(source), np.array([2, 1, 0, 3, 0, 1, 2], np.int32), pages)
+    expected = host_bytes(leaves)
+    expected_status = reference.scatter_pages(staging, ids, expected, pages)
+    written, status = jax.jit(lambda s, i, *xs: ops_of.scatter_pages(s, i, xs, pages))(staging, ids, *leaves)
+    assert counts(status) == counts(expected_status)
+    for leaf, like, wanted in zip(written, leaves, expected, strict=True):
+        assert (leaf.shape, leaf.dtype) == (like.shape, like.dtype)
+        assert_same_bytes(leaf, wanted)
+
+
+def test_undonated_leaves_survive_a_scatter() -> None:
+    leaves, pages = group_of(layout_case("packed_kv"))
+    before = host_bytes(leaves)
+    staging = jnp.zeros((1, pages.record_bytes), jnp.uint8)
+    ops.scatter_pages(staging, jnp.zeros(1, jnp.int32), leaves, pages)
+    for leaf, old in zip(leaves, before, strict=True):
+        assert_same_bytes(leaf, old)
+
+
+def test_page_ops_run_in_a_scan() -> None:
+    leaves, pages = group_of(layout_case("packed_kv"))
+    expected = host_bytes(leaves)
+
+    def shift(carry: list[jax.Array], block: jax.Array) -> tuple[list[jax.Array], None]:
+        staging = ops.gather_pages(carry, block[None], pages)
+        return ops.scatter_pages(staging, block[None] + 1, carry, pages)[0], None
+
+    shifted, _ = jax.jit(lambda xs: jax.lax.scan(shift, xs, jnp.arange(5, dtype=jnp.int32)))(leaves)
+    for block in range(5):
+        staging = reference.gather_pages(expected, np.array([block], np.int32), pages)
+        reference.scatter_pages(staging, np.array([block + 1], np.int32), expected, pages)
+    for leaf, wanted in zip(shifted, expected, strict=True):
+        assert_same_bytes(leaf, wanted)
+
+
+def plan_that(**changes: int) -> PagePlan:
+    return PagePlan(**{"num_blocks": 4, "block_stride": 16, "run_bytes": 16} | changes)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        plan_that(num_blocks=5),
+        plan_that(run_bytes=17),
+        plan_that(run_bytes=0),
+        plan_that(run_bytes=-16),
+        plan_that(block_stride=-16),
+        plan_that(leaf_offset=1),
+        plan_that(leaf_offset=-1),
+        plan_that(record_offset=497),
+        plan_that(record_offset=-1),
+        plan_that(outer_count=0),
+        plan_that(outer_count=2, outer_leaf_stride=2**62),
+        plan_that(inner_count=2**62, inner_leaf_stride=0),
+        plan_that(inner_count=2, inner_leaf_stride=64),
+        plan_that(inner_count=2, inner_page_stride=2**62),
+        plan_that(num_blocks=2**62, block_stride=2**62),
+    ],
+    ids=str,
+)
+def test_plans_that_leave_the_leaf_or_the_record_are_refused_and_nothing_moves(
+    plan: PagePlan, placed: Callable[..., GroupPages]
+) -> None:
+    pages = placed(plan)
+    leaf = jnp.arange(64, dtype=jnp.uint8)
+    staging = jnp.full((1, 512), 255, jnp.uint8)
+    (written,), status = ops.scatter_pages(staging, jnp.zeros(1, jnp.int32), [leaf], pages)
+    assert counts(status) == {"BAD_GEOMETRY": 1}
+    assert_same_bytes(written, leaf)
+    assert not ops.gather_pages([leaf], jnp.zeros(1, jnp.int32), pages).any()
+
+
+def test_the_largest_plan_that_fits_is_taken(placed: Callable[..., GroupPages]) -> None:
+    pages = placed(plan_that(record_offset=496))
+    leaf = jnp.arange(64, dtype=jnp.uint8)
+    record = np.array(ops.gather_pages([leaf], jnp.array([3], jnp.int32), pages))[0]
+    assert_same_bytes(record[496:], np.arange(48, 64, dtype=np.uint8))
+    assert not record[:496].any()
+
+
+@pytest.mark.parametrize(("shape", "refused"), [((1, 512), 1), ((2, 511), 2), ((0, 512), 2)])
+def test_entries_without_a_whole_record_in_the_staging_array_are_refused(
+    shape: tuple[int, int], refused: int, placed: Callable[..., GroupPages]
+) -> None:
+    staging = jnp.zeros(shape, jnp.uint8)
+    leaf = jnp.arange(64, dtype=jnp.uint8)
+    _, status = ops.scatter_pages(staging, jnp.arange(2, dtype=jnp.int32), [leaf], placed(plan_that()))
+    assert counts(status).get("BAD_ADDRESS", 0) == refused
+
+
+@pytest.mark.parametrize("dtype", [jnp.int4, jnp.uint4, jnp.float4_e2m1fn], ids=str)
+@OPS
+def test_leaves_of_less_than_a_byte_per_element_are_read_packed(
+    dtype: Any, ops_of: Any, placed: Callable[..., GroupPages]
+) -> None:
+    pages = placed(PagePlan(num_blocks=8, block_stride=32, run_bytes=32))
+    packed = np.random.default_rng(0).integers(0, 256, (8, 32), dtype=np.uint8)
+    leaf = jax.lax.bitcast_convert_type(jnp.array(packed), dtype).reshape(8, 64)
+    other = jax.lax.bitcast_convert_type(jnp.array(~packed), dtype).reshape(8, 64)
+    ids = np.array([7, 0], np.int32)
+    staging = jax.jit(lambda i, x: ops_of.gather_pages([x], i, pages))(ids, leaf)
+    assert_same_bytes(np.array(staging)[:, :32], packed[[7, 0]])
+    (written,), _ = jax.jit(lambda s, i, x: ops_of.scatter_pages(s, i, [x], pages))(staging, ids, other)
+    expected = ~packed
+    expected[[7, 0]] = packed[[7, 0]]
+    unpacked = jax.lax.bitcast_convert_type(written.reshape(8, 32, 2), jnp.uint8)
+    assert_same_bytes(unpacked, expected)
+
+
+def test_ids_that_are_no_int32_vector_are_an_error() -> None:
+    leaves, pages = group_of(layout_case("packed_kv"))
+    with pytest.raises(BlockIdError, match="block_ids must be int32 of shape"):
+        ops.gather_pages(leaves, jnp.zeros((1, 1), jnp.int32), pages)
+    with pytest.raises(BlockIdError, match="block_ids must be int32 of shape"):
+        ops.gather_pages(leaves, jnp.zeros(1, jnp.float32), pages)
+
+
+def test_too_few_leaves_are_an_error() -> None:
+    leaves, pages = group_of(layout_case("packed_kv"))
+    with pytest.raises(CacheMismatchError, match="has 2 leaves, got 1"):
+        ops.gather_pages(leaves[:1], jnp.zeros(1, jnp.int32), pages)
+
+
+def test_a_complex_leaf_is_refused_by_the_xla_ops(placed: Callable[..., GroupPages]) -> None:
+    pages = placed(plan_that())
+    with pytest.raises(CacheMismatchError, match="use backend='cpu'"):
+        xla_ops.gather_pages([jnp.zeros(8, jnp.complex64)], jnp.zeros(1, jnp.int32), pages)
+
+
+def test_refusals_are_explained_in_words() -> None:
+    assert explain_refusals(make_status(moved=3)) is None
+    text = explain_refusals(make_status(bad_block=2, no_pool=1))
+    assert text == (
+        "blocks refused: 2 x block id outside the group, 1 x host pool closed, unknown or of another process"
+    )
+
+
+@pytest.fixture
+def placed() -> Callable[..., GroupPages]:
+    def place(plan: PagePlan) -> GroupPages:
+        return GroupPages(plan.num_blocks, (PagePlacement(0, plan),), (0,), plan.run_bytes, 512)
+
+    return place

@@ -1,0 +1,120 @@
+"""The loop with the real offloading connector: host hits, aborts, preemption, failures; nothing leaks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from toy_model import ToyModel, make_config, oracle_tokens, random_prompt
+
+from jaxkv.connector import OffloadingConfig, OffloadingConnector
+from jaxkv.serving import EngineConfig, LLMEngine, SamplingParams
+
+ALL = ("full", "window", "state")
+KINDS = [("full",), ("full", "window"), ("window", "state"), ALL]
+TIGHT = {"full": 31, "window": 14, "state": 4}
+
+
+def make_engine(kinds=ALL, **options):
+    model = ToyModel(kinds=kinds)
+    config = make_config(model, 4, **TIGHT)
+    connector = OffloadingConnector(OffloadingConfig(host_bytes="8MiB", **options), config)
+    return LLMEngine(model, config, EngineConfig(prefill_shapes=(8, 32), max_num_seqs=3), connector)
+
+
+def expect(engine, prompts, num_new=6, *, return_logits=False):
+    kinds = tuple(group.layer_names[0].split(".")[0] for group in engine.cache_config.groups)
+    outputs = engine.generate(prompts, SamplingParams(max_new_tokens=num_new, return_logits=return_logits))
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert output.output_ids == oracle_tokens(prompt, num_new, kinds)
+    return outputs
+
+
+def close(engine):
+    engine.flush()
+    assert engine.connector.leaks() == []
+    assert all(pool.num_free == pool.num_blocks for pool in engine._cache.pools)
+    engine.shutdown()
+    engine.shutdown()
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids="+".join)
+def test_an_evicted_prompt_comes_back_from_the_host_up_to_its_last_whole_block(kinds):
+    engine = make_engine(kinds)
+    prompts = [random_prompt(seed, 101 + seed) for seed in range(4)]
+    for prompt in prompts:
+        expect(engine, [prompt])
+    assert engine.stats.device_evictions > 0
+    for prompt in prompts:
+        metrics = expect(engine, [prompt])[0].metrics
+        assert metrics.device_hit_tokens + metrics.host_hit_tokens == (len(prompt) - 1) // 4 * 4
+        assert metrics.host_hit_tokens > 0
+    close(engine)
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids="+".join)
+def test_a_hit_from_the_host_gives_the_logits_of_the_same_hit_on_the_device(kinds):
+    engine = make_engine(kinds)
+    prompt = random_prompt(0, 60)
+    expect(engine, [prompt])
+    device = expect(engine, [prompt], return_logits=True)[0]
+    engine.reset_prefix_cache()
+    host = expect(engine, [prompt], return_logits=True)[0]
+    assert device.metrics.device_hit_tokens == host.metrics.host_hit_tokens == 56
+    np.testing.assert_array_equal(np.stack(device.logits), np.stack(host.logits))
+    close(engine)
+
+
+@pytest.mark.parametrize("offload_prompt_only", [True, False])
+def test_preemption_and_loads_together_keep_the_tokens(offload_prompt_only):
+    engine = make_engine(offload_prompt_only=offload_prompt_only)
+    prompts = [random_prompt(seed, 30 + seed) for seed in range(6)]
+    for _ in range(3):
+        expect(engine, prompts, 40)
+    assert engine.stats.num_preemptions > 0
+    close(engine)
+
+
+def test_generated_tokens_come_back_in_the_next_turn():
+    engine = make_engine(offload_prompt_only=False)
+    prompt = random_prompt(0, 30)
+    answer = expect(engine, [prompt], 20)[0].output_ids
+    engine.reset_prefix_cache()
+    metrics = expect(engine, [[*prompt, *answer, 1, 2, 3]])[0].metrics
+    assert metrics.host_hit_tokens == 48
+    close(engine)
+
+
+def test_an_abort_at_any_step_leaves_nothing_behind():
+    engine = make_engine()
+    prompts = [random_prompt(seed, 50) for seed in range(4)]
+    expect(engine, prompts)
+    for steps_before_abort in range(10):
+        engine.reset_prefix_cache()
+        ids = [engine.add_request(prompt, SamplingParams(max_new_tokens=3)) for prompt in prompts]
+        outputs = [output for _ in range(steps_before_abort) for output in engine.step()]
+        engine.abort(ids[1])
+        while engine.has_unfinished_requests:
+            outputs += engine.step()
+        done = {output.request_id: output.output_ids for output in outputs}
+        for index in (0, 2, 3):
+            assert done[ids[index]] == oracle_tokens(prompts[index], 3)
+        engine.flush()
+        assert engine.connector.leaks() == []
+    close(engine)
+
+
+def test_what_a_broken_step_did_not_compute_is_not_stored(monkeypatch):
+    engine = make_engine()
+    prompt = random_prompt(0, 60)
+    original = engine._programs.fill
+    monkeypatch.setattr(engine._programs, "fill", lambda *_: 1 / 0)
+    engine.add_request(prompt, SamplingParams(max_new_tokens=1))
+    with pytest.raises(ZeroDivisionError):
+        engine.step()
+    engine.abort_all()
+    monkeypatch.setattr(engine._programs, "fill", original)
+    engine.flush()
+    engine.reset_prefix_cache()
+    metrics = expect(engine, [prompt])[0].metrics
+    assert metrics.host_hit_tokens == 0
+    close(engine)

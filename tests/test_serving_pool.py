@@ -1,0 +1,145 @@
+"""Block pool, chunk shapes and requests on their own."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxkv.keys import BlockHash, chain_root, hash_block
+from jaxkv.serving import EngineConfig, Request, SamplingParams
+from jaxkv.serving.block_pool import BlockPool
+from jaxkv.serving.chunking import ChunkRules, chunk_choices, pick_shape
+
+
+def name(text):
+    return BlockHash(text.encode())
+
+
+def test_freed_cached_blocks_stay_findable_until_the_least_recent_is_reused():
+    pool = BlockPool(2)
+    first, second = pool.allocate(), pool.allocate()
+    pool.register(first, name("first"))
+    pool.register(second, name("second"))
+    pool.release(first)
+    pool.release(second)
+    assert pool.num_free == 2
+    assert pool.find(name("first")) == first
+    assert pool.allocate() == first
+    assert pool.find(name("first")) is None
+    assert pool.find(name("second")) == second
+    assert pool.num_evictions == 1
+
+
+def test_a_hit_makes_a_block_recent_again():
+    pool = BlockPool(2)
+    first, second = pool.allocate(), pool.allocate()
+    pool.register(first, name("first"))
+    pool.register(second, name("second"))
+    pool.release(first)
+    pool.release(second)
+    pool.acquire(first)
+    pool.release(first)
+    assert pool.allocate() == second
+
+
+def test_blocks_that_hold_nothing_are_handed_out_before_cached_ones():
+    pool = BlockPool(2)
+    cached, blank = pool.allocate(), pool.allocate()
+    pool.register(cached, name("cached"))
+    pool.release(cached)
+    pool.release(blank)
+    assert pool.allocate() == blank
+    assert pool.num_evictions == 0
+
+
+def test_a_shared_block_is_free_only_when_its_last_user_released_it():
+    pool = BlockPool(1)
+    block = pool.allocate()
+    pool.register(block, name("shared"))
+    pool.acquire(block)
+    pool.release(block)
+    assert not pool.is_free(block)
+    pool.release(block)
+    assert pool.is_free(block)
+
+
+def test_the_same_prefix_is_cached_once():
+    pool = BlockPool(2)
+    first, second = pool.allocate(), pool.allocate()
+    pool.register(first, name("same"))
+    pool.register(second, name("same"))
+    assert pool.find(name("same")) == first
+    assert pool.num_cached == 1
+
+
+@pytest.mark.parametrize(
+    ("remaining", "shape"),
+    [
+        (1, 32),
+        (31, 32),
+        (33, 32),
+        (96, 32),
+        (97, 128),
+        (128, 128),
+        (300, 128),
+        (384, 128),
+        (385, 512),
+        (9999, 512),
+    ],
+)
+def test_a_shape_is_rounded_up_only_if_under_a_quarter_is_wasted(remaining, shape):
+    assert pick_shape(remaining, (32, 128, 512)) == shape
+
+
+@given(
+    num_tokens=st.integers(1, 2000),
+    budget=st.integers(32, 600),
+    block_size=st.sampled_from([4, 16, 24, 48, 64]),
+    stop=st.booleans(),
+)
+def test_chunks_cover_a_prompt_and_stop_where_a_state_can_be_reused(num_tokens, budget, block_size, stop):
+    rules = ChunkRules((32, 128, 512), block_size, block_size, stop_at_blocks=stop)
+    position, ends = 0, []
+    while position < num_tokens:
+        chunk = next(iter(chunk_choices(rules, position, num_tokens, budget)))
+        assert chunk.start == position
+        assert 0 < chunk.num_new <= chunk.shape <= max(budget, 1)
+        position = chunk.end
+        ends.append(position)
+    assert position == num_tokens
+    last_boundary = (num_tokens - 1) // block_size * block_size
+    if stop and last_boundary:
+        assert last_boundary in ends
+        for start, end in zip([0, *ends], ends, strict=False):
+            if end <= last_boundary and start // block_size != end // block_size:
+                assert end % block_size == 0
+
+
+def test_smaller_choices_follow_the_best_one_down_to_one_block():
+    rules = ChunkRules((32, 128), 16, 16, stop_at_blocks=False)
+    choices = [(chunk.shape, chunk.end) for chunk in chunk_choices(rules, 5, 300, 512)]
+    assert choices == [(128, 133), (32, 37), (32, 16)]
+
+
+def test_without_budget_only_a_decode_goes_on():
+    rules = ChunkRules((32, 128), 16, 16, stop_at_blocks=False)
+    assert list(chunk_choices(rules, 0, 100, 31)) == []
+    assert [chunk.shape for chunk in chunk_choices(rules, 99, 100, 0)] == [1]
+
+
+def test_hashes_chain_from_the_root_and_grow_with_the_tokens():
+    root = chain_root("model")
+    request = Request(
+        "r", [1, 2, 3, 4, 5], SamplingParams(), hash_root=root, hash_block_size=2, arrival_s=0.0
+    )
+    first = hash_block(root, [1, 2])
+    second = hash_block(first, [3, 4])
+    assert request.block_hashes == [first, second]
+    request.append_token(6, 0.0)
+    assert request.block_hashes == [first, second, hash_block(second, [5, 6])]
+
+
+@pytest.mark.parametrize(("seqs", "rows"), [(1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (8, (1, 2, 4, 8))])
+def test_decode_is_compiled_for_powers_of_two_and_the_largest_batch(seqs, rows):
+    assert EngineConfig(max_num_seqs=seqs).decode_rows == rows
