@@ -40,8 +40,8 @@ class Runner:
     """Caches of one model, and requests with blocks in shuffled order that never overlap."""
 
     model: Model
-    num_requests: int = 1
-    max_tokens: int = 512
+    num_requests: int = 2
+    max_tokens: int = 256
     caches: Any = field(init=False)
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class Runner:
             )
         )
         self.caches = self.model.init_caches(self.config)
-        self._step = jax.jit(self.model.step, donate_argnums=1)
+        self._step = jitted_step(self.model)
         shuffled = np.random.default_rng(0).permutation(num_blocks).reshape(self.num_requests, -1)
         self.requests = [Request(row, (2 * i, 2 * i + 1)) for i, row in enumerate(shuffled)]
 
@@ -110,6 +110,16 @@ class Runner:
             for out, logits in zip(outputs, self.step(batch, 1), strict=True):
                 out.append(int(logits.argmax()))
         return outputs
+
+
+def jitted_step(model: Model) -> Any:
+    """One jitted step for each model, so that all runners share its compiled programs."""
+    if model.name not in _STEPS:
+        _STEPS[model.name] = jax.jit(model.step, donate_argnums=1)
+    return _STEPS[model.name]
+
+
+_STEPS: dict[str, Any] = {}
 
 
 def is_state(spec: Any) -> bool:

@@ -19,7 +19,6 @@ from jaxkv.errors import (
     ConfigError,
     NativeError,
     PoolClosedError,
-    PoolForkedError,
     PoolFull,
     PoolInUseError,
     SlotError,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from serving_fake_connector import STEP, FakeConnector
-from toy_model import ToyModel, make_config, oracle_tokens, random_prompt
+from toy_model import ToyModel, make_config, oracle_tokens, random_prompt, share_programs
 
 from jaxkv.serving import EngineConfig, LLMEngine, RequestStatus, SamplingParams
 
@@ -17,12 +17,8 @@ def make_engine(kinds=ALL, *, blocks=None, options=None, **fake):
     model = ToyModel(kinds=kinds)
     config = make_config(model, 4, **(TIGHT | (blocks or {})))
     connector = FakeConnector(config, **fake)
-    engine = LLMEngine(
-        model,
-        config,
-        EngineConfig(**({"prefill_shapes": (8, 32), "max_num_seqs": 3} | (options or {}))),
-        connector,
-    )
+    config_options = EngineConfig(**({"prefill_shapes": (8, 32), "max_num_seqs": 3} | (options or {})))
+    engine = share_programs(LLMEngine(model, config, config_options, connector))
     return engine, connector
 
 

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 from serving_fake_connector import FakeConnector
-from toy_model import ToyModel, make_config, oracle_tokens, random_prompt
+from toy_model import ToyModel, make_config, oracle_tokens, random_prompt, share_programs
 
 from jaxkv.errors import ConfigError, DeletedCacheError, RequestError
 from jaxkv.serving import EngineConfig, LLMEngine, SamplingParams
@@ -25,11 +25,11 @@ def engine():
     model = ToyModel()
     config = make_config(model, 4, **BLOCKS)
     options = EngineConfig(prefill_shapes=(8, 32), max_num_seqs=3)
-    return LLMEngine(model, config, options, FakeConnector(config, load_steps=1))
+    return share_programs(LLMEngine(model, config, options, FakeConnector(config, load_steps=1)))
 
 
 def fail_once(monkeypatch, owner, name, error, *, after=0, before_call=True):
-    """Make one call of ``owner.name`` raise ``error``: the one behind ``after`` others, before or after its work."""
+    """Make the call of ``owner.name`` that follows ``after`` others raise, before or after its work."""
     original = getattr(owner, name)
     calls = iter(range(1_000_000))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from toy_model import ToyModel, make_config, oracle_tokens, random_prompt
+from toy_model import ToyModel, make_config, oracle_tokens, random_prompt, share_programs
 
 from jaxkv.connector import OffloadingConfig, OffloadingConnector
 from jaxkv.serving import EngineConfig, LLMEngine, SamplingParams
@@ -18,7 +18,8 @@ def make_engine(kinds=ALL, **options):
     model = ToyModel(kinds=kinds)
     config = make_config(model, 4, **TIGHT)
     connector = OffloadingConnector(OffloadingConfig(host_bytes="8MiB", **options), config)
-    return LLMEngine(model, config, EngineConfig(prefill_shapes=(8, 32), max_num_seqs=3), connector)
+    engine_config = EngineConfig(prefill_shapes=(8, 32), max_num_seqs=3)
+    return share_programs(LLMEngine(model, config, engine_config, connector))
 
 
 def expect(engine, prompts, num_new=6, *, return_logits=False):
@@ -111,10 +112,11 @@ def test_what_a_broken_step_did_not_compute_is_not_stored(monkeypatch):
     engine.add_request(prompt, SamplingParams(max_new_tokens=1))
     with pytest.raises(ZeroDivisionError):
         engine.step()
-    engine.abort_all()
     monkeypatch.setattr(engine._programs, "fill", original)
+    while engine.has_unfinished_requests:
+        engine.step()
     engine.flush()
     engine.reset_prefix_cache()
-    metrics = expect(engine, [prompt])[0].metrics
-    assert metrics.host_hit_tokens == 0
+    # Whatever of the broken step had been stored would come back now, and change the tokens.
+    assert expect(engine, [prompt])[0].metrics.host_hit_tokens == 56
     close(engine)

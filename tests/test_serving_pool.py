@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from toy_model import ToyModel, make_config
 
 from jaxkv.keys import BlockHash, chain_root, hash_block
 from jaxkv.serving import EngineConfig, Request, SamplingParams
 from jaxkv.serving.block_pool import BlockPool
-from jaxkv.serving.chunking import ChunkRules, chunk_choices, pick_shape
+from jaxkv.serving.cache_manager import CacheManager
+from jaxkv.serving.chunking import Chunk, ChunkRules, chunk_choices, pick_shape
 
 
 def name(text):
@@ -126,6 +128,26 @@ def test_without_budget_only_a_decode_goes_on():
     rules = ChunkRules((32, 128), 16, 16, stop_at_blocks=False)
     assert list(chunk_choices(rules, 0, 100, 31)) == []
     assert [chunk.shape for chunk in chunk_choices(rules, 99, 100, 0)] == [1]
+
+
+def test_a_state_is_cached_only_when_a_step_ended_on_its_block_boundary():
+    model = ToyModel(kinds=("state",))
+    cache = CacheManager(make_config(model, 4, state=4), 32)
+    request = Request(
+        "r", range(12), SamplingParams(), hash_root=chain_root(""), hash_block_size=4, arrival_s=0.0
+    )
+    first, second = Chunk(0, 6, 8), Chunk(6, 8, 8)
+    assert cache.admit(request, 0, 0, first)
+    cache.register(request, first.end)
+    assert cache.pools[0].num_cached == 0  # entry 0 was skipped, entry 1 holds the state in mid-block
+    assert cache.extend(request, Chunk(6, 11, 8))
+    cache.register(request, 11)
+    assert cache.pools[0].num_cached == 0  # entry 1 still holds the state after 6 tokens, not after 8
+    cache.release(request)
+    assert cache.admit(request, 0, 0, first)
+    assert cache.extend(request, second)
+    cache.register(request, second.end)
+    assert cache.find_hit(request) == 8
 
 
 def test_hashes_chain_from_the_root_and_grow_with_the_tokens():

@@ -183,5 +183,15 @@ def make_config(model: ToyModel, block_size: int, **num_blocks: int) -> KVCacheC
     )
 
 
+def share_programs(engine):
+    """Let engines of the same model and caches share compiled programs; compiling is most of a test."""
+    key = (engine._model, engine.cache_config, engine.max_model_len)
+    engine._programs = _PROGRAMS.setdefault(key, engine._programs)
+    return engine
+
+
+_PROGRAMS: dict = {}
+
+
 def random_prompt(seed: int, length: int) -> list[int]:
     return np.random.default_rng(seed).integers(0, VOCAB, length).tolist()

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxkv.serving.model import KVCaches
 from jaxkv.spec import FullAttentionSpec, KVCacheConfig, LayerSpec, MambaSpec, SlidingWindowSpec
+from jaxkv_models import layers
 
 StateCache = tuple[jax.Array, jax.Array]
 """Convolution inputs (N, K - 1, width) and recurrent states (N, ...) of one layer."""
@@ -43,10 +44,13 @@ def _zero_leaves(spec: LayerSpec, num_blocks: int) -> tuple[jax.Array, ...]:
 def read_states(cache: StateCache, blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The states (B, ...) in ``blocks`` (B,) as float32; zeros where the block is -1."""
     conv, recurrent = (
-        jnp.where(
-            (blocks >= 0).reshape(-1, *[1] * (leaf.ndim - 1)),
-            leaf[jnp.maximum(blocks, 0)].astype(jnp.float32),
-            0.0,
+        # Fused into the later write of the same leaf, the read would cost a copy of the whole leaf.
+        layers.materialize(
+            jnp.where(
+                (blocks >= 0).reshape(-1, *[1] * (leaf.ndim - 1)),
+                leaf[jnp.maximum(blocks, 0)].astype(jnp.float32),
+                0.0,
+            )
         )
         for leaf in cache
     )

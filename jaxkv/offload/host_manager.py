@@ -174,22 +174,20 @@ class HostOffloadingManager(OffloadingManager):
         self._quarantine.clear()
 
     def _store_new(self, keys: tuple[OffloadKey, ...]) -> PrepareStoreOutput | None:
-        reserved = self._reserve_free(keys)
-        lacking = [key for key in keys if key not in reserved]
+        lacking = self._add_where_free(keys)
         victims = self._order.plan_room([self._size_of(key) for key in lacking], self._slots_per_slab)
         if victims is not None:
             self._evict(victims)
-            reserved.update(self._reserve_free(lacking))
+            lacking = self._add_where_free(lacking)
         # A slot that somebody still views does not come back when it is freed, so this can fail once more.
-        if len(reserved) < len(keys):
-            for slot in reserved.values():
-                self._pool.free(slot)
+        if lacking:
+            for key in keys:
+                chunk = self._chunks.pop(key, None)
+                if chunk is not None:
+                    self._free(chunk)
             return None
-        for key, slot in reserved.items():
-            self._chunks[key] = Chunk(key, slot, self._size_of(key), self._pool.slab_of(slot))
-            self._order.add(self._chunks[key])
         evicted = tuple(victim.key for victim in victims or ())
-        return PrepareStoreOutput(keys, HostSlots(tuple(reserved[key] for key in keys)), evicted)
+        return PrepareStoreOutput(keys, HostSlots(tuple(self._chunks[key].slot for key in keys)), evicted)
 
     def _evict(self, victims: Sequence[Chunk]) -> None:
         for victim in victims:
@@ -197,18 +195,20 @@ class HostOffloadingManager(OffloadingManager):
         self._num_evicted += len(victims)
         self._emit([victim.key for victim in victims], removed=True)
 
-    def _reserve_free(self, keys: Sequence[OffloadKey]) -> dict[OffloadKey, Slot]:
-        """Slots for those keys for which the pool has one free."""
+    def _add_where_free(self, keys: Sequence[OffloadKey]) -> list[OffloadKey]:
+        """Give slots to those keys for which the pool has one free; answers the others."""
         full: set[int] = set()
-        reserved: dict[OffloadKey, Slot] = {}
+        lacking: list[OffloadKey] = []
         for key in keys:
             size = self._size_of(key)
             slot = self._pool.try_reserve(size) if size not in full else None
             if slot is None:
                 full.add(size)
+                lacking.append(key)
             else:
-                reserved[key] = slot
-        return reserved
+                self._chunks[key] = Chunk(key, slot, size, self._pool.slab_of(slot))
+                self._order.add(self._chunks[key])
+        return lacking
 
     def _size_of(self, key: OffloadKey) -> int:
         return self._slot_bytes[get_offload_group(key)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import jax
 import numpy as np
@@ -26,6 +26,9 @@ Leaves = Sequence[jax.Array]
 
 class TransferBackend(ABC):
     """Moves blocks between leaves of one group and pinned slots of one pool. Checks nothing."""
+
+    restores_in_place: ClassVar[bool]
+    """Whether a restore promises to return the buffers it was given."""
 
     @abstractmethod
     def require_reachable(self, leaf: jax.Array) -> None:
@@ -53,6 +56,8 @@ def _only_device(leaf: jax.Array) -> jax.Device:
 @final
 class CpuBackend(TransferBackend):
     """One program per group and bucket: a custom call that copies all leaves, in place when it restores."""
+
+    restores_in_place = True
 
     def __init__(self, pool: HostPool, groups: Sequence[GroupPages]) -> None:
         register_targets()
@@ -102,6 +107,8 @@ class CpuBackend(TransferBackend):
 @final
 class XlaBackend(TransferBackend):
     """The page ops in plain JAX, and copies between their staging and the pool on the caller's thread."""
+
+    restores_in_place = False
 
     def __init__(self, pool: HostPool, groups: Sequence[GroupPages]) -> None:
         self._arena = pool.arena_bytes

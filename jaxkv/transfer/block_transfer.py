@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -32,9 +32,7 @@ from jaxkv.transfer.ticket import Status, Ticket
 
 KVCaches = Mapping[str, Any]
 
-
-class CopiedCacheWarning(UserWarning):
-    """A restore could not work in place: XLA copied whole cache leaves first."""
+_log = logging.getLogger(__name__)
 
 
 @final
@@ -138,15 +136,19 @@ class BlockTransfer:
         Raises :class:`BlockIdError`, :class:`SlotError`, :class:`CacheMismatchError`,
         :class:`DeletedCacheError`, :class:`PoolClosedError` or :class:`PoolForkedError`.
         """
+        slots = tuple(slots)
         leaves = self._leaves(kv_caches, group)
         check_slots_differ(slots)
         entries = self._enter(group, block_ids, slots, first_block)
+        if not entries.num_blocks:
+            return self._start(group, entries, slots, make_status())
         with self._unpinned_on_error(slots):
             status = self.backend.offload(group, leaves, entries)
         return self._start(group, entries, slots, status)
 
     def prefetch(self, group: GroupId, slots: Sequence[Slot]) -> Ticket:
         """Start moving slots towards the device, ahead of ``restore``; nothing to do on the host platform."""
+        slots = tuple(slots)
         no_blocks = np.zeros(0, np.int32)
         return self._start(group, self._enter(group, no_blocks, slots, 0), slots, make_status())
 
@@ -162,15 +164,19 @@ class BlockTransfer:
 
         Arguments and errors as for :meth:`offload`; a block named twice is a :class:`BlockIdError`. The
         leaves of the group are consumed. Where something else holds one (a NumPy view does), XLA copies it
-        whole; then :class:`CopiedCacheWarning` is given once and ``num_copied_leaves`` counts.
+        whole first; then ``num_copied_leaves`` counts and the first time is logged.
         """
+        slots = tuple(slots)
         leaves = self._leaves(kv_caches, group)
         check_no_repeats(check_block_ids(block_ids, self._pages(group).num_blocks))
         before = _require_distinct_buffers(leaves)
         entries = self._enter(group, block_ids, slots, first_block)
+        if not entries.num_blocks:
+            return kv_caches, self._start(group, entries, slots, make_status())
         with self._unpinned_on_error(slots):
             written, status = self.backend.restore(group, leaves, entries)
-        self._count_copies(before, written)
+        if self.backend.restores_in_place:
+            self._count_copies(before, written)
         restored = self.canonical.replace(kv_caches, group, written)
         return restored, self._start(group, entries, slots, status)
 
@@ -253,11 +259,11 @@ class BlockTransfer:
             first = self._num_copied_leaves == 0
             self._num_copied_leaves += copied
         if first:
-            warnings.warn(
-                f"a restore copied {copied} whole cache leaves, because something else still uses them (a "
-                "NumPy or DLPack view does); drop it before restoring",
-                CopiedCacheWarning,
-                stacklevel=3,
+            # Not a warning: where warnings are errors it would cost the caller the restored caches.
+            _log.warning(
+                "a restore copied %d whole cache leaves, because something else still uses them "
+                "(a NumPy or DLPack view does); drop it before restoring",
+                copied,
             )
 
 

@@ -1,0 +1,125 @@
+// Checks the copy loops against a byte-by-byte copy. Run it under the sanitizers.
+#include "copy.h"
+
+#include <cassert>
+#include <cstdio>
+#include <limits>
+#include <random>
+#include <thread>
+#include <vector>
+
+using jaxkv::BlockMove;
+using jaxkv::FitsInside;
+using jaxkv::PageCopier;
+using jaxkv::PagePlan;
+
+namespace {
+
+using Bytes = std::vector<uint8_t>;
+
+Bytes RandomBytes(int64_t count, std::mt19937& rng) {
+  Bytes bytes(static_cast<size_t>(count));
+  for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(rng());
+  return bytes;
+}
+
+// A head-major leaf [outer, blocks, run] next to a block-major one [blocks, run], as a group would hold them.
+std::vector<PagePlan> TwoPlans(int64_t blocks, int64_t outer, int64_t run) {
+  return {
+      {0, blocks, run, run, 0, 0, outer, blocks * run, run, 1, 0, 0},
+      {1, blocks, run, run, 0, outer * run, 1, 0, 0, 1, 0, 0},
+  };
+}
+
+template <typename Visit>
+void ForEachByte(const PagePlan& plan, int64_t block, const Visit& visit) {
+  for (int64_t o = 0; o < plan.outer_count; ++o) {
+    for (int64_t i = 0; i < plan.inner_count; ++i) {
+      for (int64_t b = 0; b < plan.run_bytes; ++b) {
+        visit(plan.leaf_offset + block * plan.block_stride + o * plan.outer_leaf_stride +
+                  i * plan.inner_leaf_stride + b,
+              plan.record_offset + o * plan.outer_page_stride + i * plan.inner_page_stride + b);
+      }
+    }
+  }
+}
+
+void CheckRoundTrip(int64_t blocks, int64_t outer, int64_t run, std::mt19937& rng) {
+  const auto plans = TwoPlans(blocks, outer, run);
+  const int64_t record_bytes = (outer + 1) * run + 13;
+  Bytes first = RandomBytes(blocks * outer * run, rng);
+  Bytes second = RandomBytes(blocks * run, rng);
+  Bytes records = RandomBytes(blocks * record_bytes, rng);
+  std::vector<BlockMove> moves;
+  for (int64_t block = blocks - 1; block >= 0; block -= 2) {
+    moves.push_back({block, records.data() + static_cast<int64_t>(moves.size()) * record_bytes});
+  }
+  Bytes expected = records;
+  Bytes* leaves[] = {&first, &second};
+  for (size_t j = 0; j < moves.size(); ++j) {
+    uint8_t* record = expected.data() + static_cast<int64_t>(j) * record_bytes;
+    std::fill(record, record + record_bytes, uint8_t{0});
+    for (const PagePlan& plan : plans) {
+      ForEachByte(plan, moves[j].block, [&](int64_t at_leaf, int64_t at_record) {
+        record[at_record] = (*leaves[plan.leaf])[static_cast<size_t>(at_leaf)];
+      });
+    }
+  }
+  PageCopier(plans, {first.data(), second.data()}, record_bytes).Gather(moves);
+  assert(records == expected);
+
+  Bytes other_first = RandomBytes(static_cast<int64_t>(first.size()), rng);
+  Bytes other_second = RandomBytes(static_cast<int64_t>(second.size()), rng);
+  Bytes wanted_first = other_first;
+  Bytes wanted_second = other_second;
+  Bytes* wanted[] = {&wanted_first, &wanted_second};
+  for (const BlockMove& move : moves) {
+    for (const PagePlan& plan : plans) {
+      ForEachByte(plan, move.block, [&](int64_t at_leaf, int64_t at_record) {
+        (*wanted[plan.leaf])[static_cast<size_t>(at_leaf)] = move.record[at_record];
+      });
+    }
+  }
+  PageCopier(plans, {other_first.data(), other_second.data()}, record_bytes).Scatter(moves);
+  assert(other_first == wanted_first && other_second == wanted_second);
+}
+
+void CheckBounds() {
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  const PagePlan fits = {0, 4, 16, 16, 0, 496, 1, 0, 0, 1, 0, 0};
+  assert(FitsInside(fits, 64, 512));
+  assert(!FitsInside(fits, 63, 512));
+  assert(!FitsInside(fits, 64, 511));
+  const int64_t bad_values[] = {-1, -kMost, kMost, kMost - 1, kMost / 2, std::numeric_limits<int64_t>::min()};
+  for (int field = 1; field < jaxkv::kPagePlanFields; ++field) {
+    for (int64_t value : bad_values) {
+      PagePlan plan = {0, 4, 16, 16, 0, 0, 2, 0, 16, 2, 0, 32};
+      reinterpret_cast<int64_t*>(&plan)[field] = value;
+      assert(!FitsInside(plan, 64, 512));
+    }
+  }
+}
+
+void CheckManyThreads() {
+  std::vector<std::thread> threads;
+  for (unsigned seed = 0; seed < 4; ++seed) {
+    threads.emplace_back([seed] {
+      std::mt19937 rng(seed);
+      for (int i = 0; i < 20; ++i) CheckRoundTrip(33, 3, 8192, rng);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937 rng(0);
+  for (int64_t run : {1, 3, 16, 100, 4096, 70000}) {
+    for (int64_t outer : {1, 2, 5}) CheckRoundTrip(17, outer, run, rng);
+  }
+  CheckRoundTrip(1, 1, 1, rng);
+  CheckBounds();
+  CheckManyThreads();
+  std::puts("copy_test: ok");
+}
