@@ -53,7 +53,7 @@ def load_native() -> ModuleType:
 @final
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A reserved range of a pool. No other slot of the process has its ``epoch``, so a freed one is found out."""
+    """A reserved range of a pool. Its ``epoch`` is unique in the process, so a freed slot is found out."""
 
     offset: int
     num_bytes: int

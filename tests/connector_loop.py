@@ -170,7 +170,10 @@ class Loop:
 
     def preempt(self, request: LoopRequest) -> None:
         self.num_preemptions += 1
-        self.running.remove(request)
+        for queue in (self.running, self.waiting):
+            if request in queue:
+                queue.remove(request)
+        self.loaded.discard(request.request_id)
         self.preempted.add(request.request_id)
         self.release(request)
         request.num_computed_tokens = 0
@@ -234,7 +237,8 @@ class Loop:
                 self.skip_window(request)
                 count = self.next_tokens(request)
                 while not self.allocate(request, request.num_computed_tokens + count):
-                    self.preempt(self.running[-1])
+                    landed = [other for other in self.waiting if other.request_id in self.loaded]
+                    self.preempt(landed[-1] if landed else self.running[-1])
                     if request not in self.running:
                         break
                 else:

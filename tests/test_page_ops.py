@@ -164,6 +164,17 @@ def test_leaves_of_less_than_a_byte_per_element_are_read_packed(
     assert_same_bytes(unpacked, expected)
 
 
+@pytest.mark.parametrize("dtype", [jnp.int4, jnp.uint4, jnp.float4_e2m1fn, jnp.int2], ids=str)
+def test_the_size_of_a_packed_leaf_is_counted_in_bits(dtype: Any, placed: Callable[..., GroupPages]) -> None:
+    # 128 elements: 128 bytes to FFI, half of that or less in memory.
+    leaf = jnp.zeros(128, dtype)
+    staging = jnp.full((1, 512), 255, jnp.uint8)
+    pages = placed(plan_that(num_blocks=8))
+    (written,), status = ops.scatter_pages(staging, jnp.array([7], jnp.int32), [leaf], pages)
+    assert counts(status) == {"BAD_GEOMETRY": 1}
+    assert not np.array(written).astype(np.float32).any()
+
+
 def test_ids_that_are_no_int32_vector_are_an_error() -> None:
     leaves, pages = group_of(layout_case("packed_kv"))
     with pytest.raises(BlockIdError, match="block_ids must be int32 of shape"):

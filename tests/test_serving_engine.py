@@ -100,15 +100,15 @@ def test_no_program_is_compiled_after_warmup():
 
 
 def test_seeded_sampling_does_not_depend_on_batch_mates():
-    params = SamplingParams(max_new_tokens=8, temperature=1e5, seed=3)
-    other = SamplingParams(max_new_tokens=8, temperature=1e5, seed=4)
+    params = SamplingParams(max_new_tokens=8, temperature=1e8, seed=3)
+    other = SamplingParams(max_new_tokens=8, temperature=1e8, seed=4)
     prompt = random_prompt(0, 21)
     alone = make_engine().generate([prompt], params)[0].output_ids
     mixed = make_engine().generate(
         [random_prompt(5, 9), prompt, prompt], [SamplingParams(max_new_tokens=20), params, other]
     )
     assert mixed[1].output_ids == alone
-    assert len(set(alone)) > 4
+    assert len(set(alone)) > 4  # at this temperature only the key decides
     assert mixed[2].output_ids != alone
     assert mixed[0].output_ids == oracle_tokens(random_prompt(5, 9), 20)
 

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from jaxkv.serving.model import KVCaches
 from jaxkv.spec import FullAttentionSpec, KVCacheConfig, LayerSpec, MambaSpec, SlidingWindowSpec
-from jaxkv_models import layers
 
 StateCache = tuple[jax.Array, jax.Array]
 """Convolution inputs (N, K - 1, width) and recurrent states (N, ...) of one layer."""
@@ -43,18 +42,26 @@ def _zero_leaves(spec: LayerSpec, num_blocks: int) -> tuple[jax.Array, ...]:
 
 def read_states(cache: StateCache, blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The states (B, ...) in ``blocks`` (B,) as float32; zeros where the block is -1."""
-    conv, recurrent = (
-        # Fused into the later write of the same leaf, the read would cost a copy of the whole leaf.
-        layers.materialize(
-            jnp.where(
-                (blocks >= 0).reshape(-1, *[1] * (leaf.ndim - 1)),
-                leaf[jnp.maximum(blocks, 0)].astype(jnp.float32),
-                0.0,
-            )
-        )
-        for leaf in cache
-    )
-    return conv, recurrent
+    conv, recurrent = cache
+    return _read_rows(conv, blocks), _read_rows(recurrent, blocks)
+
+
+def _read_rows(leaf: jax.Array, blocks: jax.Array) -> jax.Array:
+    """Reads row after row, up to the last that has a block.
+
+    A plain gather is cheap enough for the compiler to repeat it wherever the state is used; then the later
+    write is no longer ordered after all reads, and costs a copy of the whole leaf.
+    """
+    rows = jnp.arange(1, len(blocks) + 1, dtype=jnp.int32)
+    end = jnp.max(jnp.where(blocks >= 0, rows, 0))
+
+    def read(row: jax.Array, states: jax.Array) -> jax.Array:
+        state = leaf[jnp.maximum(blocks[row], 0)].astype(jnp.float32)
+        return states.at[row].set(jnp.where(blocks[row] >= 0, state, 0.0))
+
+    start = jnp.zeros((len(blocks), *leaf.shape[1:]), jnp.float32)
+    states: jax.Array = jax.lax.fori_loop(0, end, read, start)
+    return states
 
 
 def write_states(

@@ -36,7 +36,7 @@ def linear(params: Params, name: str, x: jax.Array) -> jax.Array:
     inner = (((1,), (1,)), ((), ()))
     if 1 < len(rows) <= _FEW_ROWS:
         # Without the barrier the compiler folds the transpose away by swapping the operands back.
-        y = materialize(jax.lax.dot_general(weight, rows, inner)).T
+        y = _keep(jax.lax.dot_general(weight, rows, inner)).T
     else:
         y = jax.lax.dot_general(rows, weight, inner)
     y = y.reshape(*x.shape[:-1], -1)
@@ -44,7 +44,7 @@ def linear(params: Params, name: str, x: jax.Array) -> jax.Array:
     return y if bias is None else y + bias
 
 
-def materialize(x: jax.Array) -> jax.Array:
+def _keep(x: jax.Array) -> jax.Array:
     """``x``, computed here and in this form: the compiler fuses or rewrites nothing across it."""
     kept: jax.Array = jax.lax.optimization_barrier(x)  # type: ignore[no-untyped-call]
     return kept

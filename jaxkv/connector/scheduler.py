@@ -1,9 +1,9 @@
 """The scheduler side of the connector: what to load, what to store, and when.
 
 Value semantics are the fence. A store planned in ``build_connector_meta`` of step k+1 covers what was
-complete at the end of step k, and is given the arrays as they are before any load or forward pass of step k+1.
-Blocks that the loop freed, preempted, skipped behind a window or gave to another request while it planned step
-k+1 still hold their old bytes in those arrays, so nothing has to be held back.
+complete at the end of step k, and is given the arrays as they are before any load or forward pass of step
+k+1. Blocks that the loop freed, preempted, skipped behind a window or gave to another request while it
+planned step k+1 still hold their old bytes in those arrays, so nothing has to be held back.
 """
 
 from __future__ import annotations
@@ -294,12 +294,14 @@ class OffloadingScheduler:
         ]
 
     def shutdown(self) -> None:
-        """Forget all requests. Jobs that were sent must have been reported."""
-        for state in list(self._requests.values()):
+        """Forget all requests. Jobs that are still in the table never reached a worker."""
+        for job in list(self._jobs):
+            never_sent = JobResult(job.transfer.job_id, 0, 0.0, "the connector was shut down")
+            self._end_job(self._jobs.cancel(job.transfer.job_id), never_sent)
+        for state in self._requests.values():
             self._drop_promise(state)
-            if state.load is not None:
-                self._cancel_load(state)
         self._requests.clear()
+        self._unsent_loads.clear()
         self._retired.clear()
         self._departed.clear()
         self._manager.shutdown()

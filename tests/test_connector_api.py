@@ -1,0 +1,193 @@
+"""The connector's edges: options, misuse, the order of calls, metrics and events."""
+
+import numpy as np
+import pytest
+from connector_loop import Loop, LoopRequest, hybrid_config, make_caches
+
+from jaxkv.connector import (
+    KVConnectorMetadata,
+    OffloadingConfig,
+    OffloadingConnector,
+    SchedulerOutput,
+    parse_bytes,
+)
+from jaxkv.errors import ConfigError, ConnectorStateError, PoolInUseError, RequestError
+from jaxkv.offload import BackendOptions, make_offloading_spec
+from jaxkv.testing.fake_pool import FakePool
+from jaxkv.testing.fake_worker import FakeOffloadingSpec
+
+PROMPT = list(range(40))
+
+
+def make_connector(config=None):
+    config = config or hybrid_config()
+    spec = FakeOffloadingSpec(config, FakePool(1 << 16))
+    return OffloadingConnector(OffloadingConfig(host_bytes=1), config, spec=spec)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [(7, 7), ("7", 7), ("64MiB", 64 << 20), ("1.5 GiB", 3 << 29), ("2kb", 2000), (" 3 B ", 3)],
+)
+def test_size_is_read_as_written(text, num_bytes):
+    assert parse_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "-1", "12 parsecs", "1.5", "0", 0, -4, True, None, 1.5])
+def test_unreadable_size_is_named(text):
+    with pytest.raises(ConfigError, match="size"):
+        parse_bytes(text)
+
+
+def test_unknown_option_lists_the_known_ones():
+    with pytest.raises(ConfigError, match=r"unknown connector options \['host_byte'\].*host_bytes.*eviction"):
+        OffloadingConfig.from_dict({"host_byte": 1})
+
+
+def test_missing_size_of_the_pool_is_named():
+    with pytest.raises(ConfigError, match="host_bytes"):
+        OffloadingConfig.from_dict({"blocks_per_chunk": 1})
+
+
+def test_options_are_read_from_a_dict():
+    config = OffloadingConfig.from_dict({"host_bytes": "1KiB", "offload_prompt_only": False})
+    assert (config.host_bytes, config.offload_prompt_only) == (1024, False)
+
+
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_blocks_per_chunk_below_one_is_refused(chunk):
+    with pytest.raises(ConfigError, match="blocks_per_chunk"):
+        OffloadingConfig(host_bytes=1, blocks_per_chunk=chunk)
+
+
+@pytest.mark.parametrize("name", ["disk", "no_such_module.Spec", "builtins.dict"])
+def test_unknown_backend_is_named_with_the_known_ones(name):
+    with pytest.raises(ConfigError, match=f"{name}.*host"):
+        make_offloading_spec(name, BackendOptions(hybrid_config(), 1 << 16))
+
+
+def test_worker_calls_before_registration_are_named():
+    with make_connector() as connector:
+        metadata = connector.build_connector_meta(SchedulerOutput())
+        with pytest.raises(ConnectorStateError, match="register_kv_caches"):
+            connector.handle_preemptions({}, metadata)
+
+
+def test_registering_twice_is_named():
+    config = hybrid_config()
+    with make_connector(config) as connector:
+        connector.register_kv_caches(make_caches(config))
+        with pytest.raises(ConnectorStateError, match="registered already"):
+            connector.register_kv_caches(make_caches(config))
+
+
+def test_load_without_metadata_is_named():
+    config = hybrid_config()
+    with make_connector(config) as connector:
+        connector.register_kv_caches(make_caches(config))
+        with pytest.raises(ConnectorStateError, match="bind_connector_metadata"):
+            connector.start_load_kv({})
+
+
+def test_metadata_of_another_connector_is_named():
+    with make_connector() as connector, pytest.raises(ConnectorStateError, match="Foreign"):
+        connector.bind_connector_metadata(type("Foreign", (KVConnectorMetadata,), {})())
+
+
+def test_use_after_shutdown_is_named():
+    connector = make_connector()
+    connector.shutdown()
+    connector.shutdown()
+    request = LoopRequest("late", PROMPT)
+    for call in (
+        lambda: connector.on_new_request(request),
+        lambda: connector.get_num_new_matched_tokens(request, 0),
+        lambda: connector.build_connector_meta(SchedulerOutput()),
+        lambda: connector.register_kv_caches({}),
+        lambda: connector.get_finished(set()),
+        connector.reset_cache,
+        connector.get_stats,
+    ):
+        with pytest.raises(ConnectorStateError, match="shut down"):
+            call()
+
+
+def test_backend_belongs_to_one_connector_at_a_time():
+    config = hybrid_config()
+    spec = FakeOffloadingSpec(config, FakePool(1 << 16))
+    options = OffloadingConfig(host_bytes=1)
+    first = OffloadingConnector(options, config, spec=spec)
+    with pytest.raises(PoolInUseError, match="another connector"):
+        OffloadingConnector(options, config, spec=spec)
+    first.shutdown()
+    OffloadingConnector(options, config, spec=spec).shutdown()
+
+
+def test_request_id_in_use_is_named():
+    with make_connector() as connector:
+        connector.on_new_request(LoopRequest("twice", PROMPT))
+        with pytest.raises(RequestError, match="twice"):
+            connector.on_new_request(LoopRequest("twice", PROMPT))
+
+
+def test_tokens_that_were_not_promised_are_named():
+    with make_connector() as connector, pytest.raises(RequestError, match="promised 0 tokens"):
+        connector.update_state_after_alloc(LoopRequest("greedy", PROMPT), [[], [], []], 8)
+
+
+def test_hit_without_a_block_to_load_into_is_named():
+    loop = Loop()
+    loop.serve("first", PROMPT)
+    second = LoopRequest("second", PROMPT)
+    assert loop.connector.get_num_new_matched_tokens(second, 0) == (32, True)
+    tables = [list(range(8)), [None] * 5 + [0, 1, None], [None] * 3 + [1]]
+    with pytest.raises(RequestError, match="group 1 has no block at position 7"):
+        loop.connector.update_state_after_alloc(second, tables, 32)
+    tables[1][7] = 2
+    loop.connector.update_state_after_alloc(second, tables, 32)
+    loop.connector.request_finished_all_groups(second, tables)
+    loop.run()
+    loop.close()
+
+
+def test_only_blocks_behind_the_device_hit_are_loaded():
+    loop = Loop()
+    loop.serve("first", PROMPT)
+    second = LoopRequest("second", PROMPT)
+    assert loop.connector.get_num_new_matched_tokens(second, 16) == (16, True)
+    tables = [list(range(8)), [None, None, 10, 11, 12, 13, 14, 15], [None, 3, None, 5]]
+    loop.connector.update_state_after_alloc(second, tables, 16)
+    (job,) = loop.connector.build_connector_meta(SchedulerOutput()).loads
+    loaded = {blocks.group: blocks.block_ids.tolist() for blocks in job.blocks}
+    assert loaded == {0: [4, 5, 6, 7], 1: [13, 14, 15], 2: [5]}
+    assert all(blocks.block_ids.dtype == np.int32 for blocks in job.blocks)
+    loop.connector.shutdown()
+    assert not loop.pool.live, "a job that never reached the worker must not keep its slots"
+
+
+def test_events_tell_groups_and_hashes_apart():
+    loop = Loop()
+    first = loop.serve("first", PROMPT[:9])
+    loop.connector.reset_cache()
+    events = list(loop.connector.take_events())
+    assert [(event.group, event.removed) for event in events] == [
+        (group, removed) for removed in (False, True) for group in range(3)
+    ]
+    assert events[0].block_hashes == tuple(first.block_hashes[:2])
+    assert (events[2].tokens_per_chunk, events[2].block_hashes) == (8, (first.block_hashes[1],))
+    assert not loop.connector.take_events()
+    loop.close()
+
+
+def test_stats_count_bytes_chunks_and_reasons_per_group():
+    loop = Loop()
+    loop.serve("first", PROMPT)
+    loop.serve("second", PROMPT)
+    stats = loop.connector.get_stats()
+    assert [group.stored_chunks for group in stats.groups] == [10, 10, 3]
+    assert [group.stored_bytes for group in stats.groups] == [10 * 64, 10 * 32, 3 * 16]
+    assert [group.loaded_chunks for group in stats.groups] == [8, 3, 1]
+    assert (stats.hit_tokens, stats.loaded_bytes) == (32, 8 * 64 + 3 * 32 + 16)
+    assert loop.connector.get_loaded_kv_cache_group_ids(LoopRequest("none", PROMPT)) == ()
+    assert loop.connector.get_external_cache_hit_sources(LoopRequest("none", PROMPT), 8) == {"host": 8}
+    loop.close()
