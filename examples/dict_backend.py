@@ -44,7 +44,9 @@ class Names(LoadStoreSpec):
 class DictManager(OffloadingManager):
     """Least recently used chunks go first. ``chunk_bytes`` has one entry per group."""
 
-    def __init__(self, capacity_bytes: int, chunk_bytes: tuple[int, ...], data: dict[OffloadKey, bytes]) -> None:
+    def __init__(
+        self, capacity_bytes: int, chunk_bytes: tuple[int, ...], data: dict[OffloadKey, bytes]
+    ) -> None:
         self._capacity_bytes = capacity_bytes
         self._chunk_bytes = chunk_bytes
         self._data = data

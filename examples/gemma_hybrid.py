@@ -55,13 +55,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", required=True, help="gemma3-270m, a .gguf file or a Hugging Face directory")
+    parser.add_argument(
+        "--model", required=True, help="gemma3-270m, a .gguf file or a Hugging Face directory"
+    )
     parser.add_argument(
         "--prompts", required=True, type=Path, help='JSON list of {"name", "prompt_ids"}, or {"cases": [...]}'
     )
-    parser.add_argument("--max-new-tokens", type=count, default=16, help="tokens of every request (default 16)")
-    parser.add_argument("--passes", type=count, default=1, help="how often all prompts are served (default 1)")
-    parser.add_argument("--offload", choices=("on", "off"), default="on", help="host pool or device cache alone")
+    parser.add_argument(
+        "--max-new-tokens", type=count, default=16, help="tokens of every request (default 16)"
+    )
+    parser.add_argument(
+        "--passes", type=count, default=1, help="how often all prompts are served (default 1)"
+    )
+    parser.add_argument(
+        "--offload", choices=("on", "off"), default="on", help="host pool or device cache alone"
+    )
     parser.add_argument(
         "--device-bytes", type=size, default="64MiB", help="ceiling of all cache arrays (default 64MiB)"
     )
@@ -69,9 +77,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--host-bytes", type=size, default="1GiB", help="size of the host pool (default 1GiB)"
     )
     parser.add_argument(
-        "--cache-dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of keys and values"
+        "--cache-dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of keys and values",
     )
-    parser.add_argument("--out", type=Path, help="where to write the result as JSON (default: standard output)")
+    parser.add_argument(
+        "--out", type=Path, help="where to write the result as JSON (default: standard output)"
+    )
     return parser.parse_args(argv)
 
 
@@ -103,8 +116,8 @@ def make_engine(args: argparse.Namespace, prompts: Sequence[Prompt]) -> LLMEngin
     longest = max(len(prompt.ids) for prompt in prompts) + args.max_new_tokens
     if longest > model.max_model_len:
         raise RequestError(
-            f"the longest prompt and {args.max_new_tokens} new tokens make {longest} tokens, but {model.name} "
-            f"can hold {model.max_model_len}; shorten the prompt"
+            f"the longest prompt and {args.max_new_tokens} new tokens make {longest} tokens, "
+            f"but {model.name} can hold {model.max_model_len}; shorten the prompt"
         )
     return build_engine(
         model,

@@ -1,4 +1,4 @@
-"""The connector with the host backend under the serving engine: real arrays, real copies, tokens of an oracle."""
+"""The connector and the host backend under the serving engine: real arrays and copies, an oracle's tokens."""
 
 import pytest
 from toy_model import ToyModel, make_config, oracle_tokens, random_prompt, share_programs

@@ -64,7 +64,9 @@ class Loop:
 
 
 def pages(kv_caches, blocks):
-    return {name: [np.asarray(leaf[jnp.array(blocks)]) for leaf in leaves] for name, leaves in kv_caches.items()}
+    return {
+        name: [np.asarray(leaf[jnp.array(blocks)]) for leaf in leaves] for name, leaves in kv_caches.items()
+    }
 
 
 def test_snippet_brings_back_the_blocks_of_a_request_that_finished():

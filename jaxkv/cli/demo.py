@@ -25,10 +25,14 @@ def add_parser(commands: Any) -> None:
         epilog=_EPILOG,
         allow_abbrev=False,
     )
-    parser.add_argument("--model", default="gemma3-270m", help="gemma3-270m, or a .gguf file of a Gemma 3 model")
+    parser.add_argument(
+        "--model", default="gemma3-270m", help="gemma3-270m, or a .gguf file of a Gemma 3 model"
+    )
     parser.add_argument("--device-bytes", type=size, default="48MiB", help="device cache (default 48MiB)")
     parser.add_argument("--host-bytes", type=size, default="1GiB", help="host pool (default 1GiB)")
-    parser.add_argument("--document-tokens", type=count, default=1400, help="length of a document (default 1400)")
+    parser.add_argument(
+        "--document-tokens", type=count, default=1400, help="length of a document (default 1400)"
+    )
     parser.add_argument("--reply-tokens", type=count, default=16, help="length of a reply (default 16)")
     parser.add_argument("--plot", type=Path, default=Path("jaxkv-demo.png"), help="where the plot goes")
     parser.set_defaults(run=run)

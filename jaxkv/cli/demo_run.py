@@ -20,7 +20,8 @@ def run_demo(args: argparse.Namespace) -> int:
     console = Console()
     with console.status(f"loading {args.model}"):
         model = load_model(args.model)
-        talks = make_conversations(load_tokenizer(args.model), args.document_tokens)
+        tokenizer = load_tokenizer(args.model)
+        talks = make_conversations(lambda text: tokenizer.encode(text).ids, args.document_tokens)
     longest = longest_request(talks, args.reply_tokens)
     console.print(
         f"[bold]{model.name}[/]: {len(talks)} conversations of up to {longest} tokens, "

@@ -104,8 +104,12 @@ def save_plot(path: Path, comparison: Comparison) -> None:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     rows = range(len(comparison.on))
-    axes.barh([row - 0.2 for row in rows], [ttft_s(t) for t in comparison.off], 0.4, label="off", color="#b0b7c3")
-    axes.barh([row + 0.2 for row in rows], [ttft_s(t) for t in comparison.on], 0.4, label="on", color="#2563eb")
+    axes.barh(
+        [row - 0.2 for row in rows], [ttft_s(t) for t in comparison.off], 0.4, label="off", color="#b0b7c3"
+    )
+    axes.barh(
+        [row + 0.2 for row in rows], [ttft_s(t) for t in comparison.on], 0.4, label="on", color="#2563eb"
+    )
     axes.set_yticks(list(rows), [turn.name for turn in comparison.on])
     axes.invert_yaxis()
     axes.set_xlabel("time to first token, seconds")

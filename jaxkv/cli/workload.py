@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Protocol, final
+from typing import final
 
 from jaxkv.serving import LLMEngine, RequestMetrics, SamplingParams
 
@@ -16,14 +16,8 @@ _QUESTIONS = (
 )
 
 
-class Tokenizer(Protocol):
-    """Text to token ids and back."""
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, with the model's start token."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``."""
+Encode = Callable[[str], list[int]]
+"""Token ids of a text, the model's start token first."""
 
 
 @final
@@ -52,20 +46,20 @@ class Turn:
         return f"{self.conversation}, turn {self.number}"
 
 
-def make_conversations(tokenizer: Tokenizer, document_tokens: int) -> list[Conversation]:
+def make_conversations(encode: Encode, document_tokens: int) -> list[Conversation]:
     """Two people asking about each document; the documents cut to ``document_tokens`` tokens."""
     conversations = []
     for person, questions in zip("AB", _QUESTIONS, strict=True):
         for title, file in _DOCUMENTS.items():
             text = resources.files("jaxkv.cli").joinpath("documents", file).read_text()
-            opening = tuple(tokenizer.encode(text)[:document_tokens])
-            asked = tuple(tuple(_question_ids(tokenizer, question)) for question in questions)
+            opening = tuple(encode(text)[:document_tokens])
+            asked = tuple(tuple(_question_ids(encode, question)) for question in questions)
             conversations.append(Conversation(f"{title} {person}", opening, asked))
     return conversations
 
 
-def _question_ids(tokenizer: Tokenizer, question: str) -> list[int]:
-    return tokenizer.encode(f"\n\nQuestion: {question}\nAnswer:")[1:]
+def _question_ids(encode: Encode, question: str) -> list[int]:
+    return encode(f"\n\nQuestion: {question}\nAnswer:")[1:]
 
 
 def longest_request(conversations: Sequence[Conversation], reply_tokens: int) -> int:
