@@ -35,6 +35,16 @@ format: $(VENV)/.lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
+native-test: $(VENV)/.lint
+	@for sanitizers in address,undefined thread; do \
+		build=build/native-$${sanitizers%%,*}; \
+		$(BIN)/cmake -S ffi -B $$build -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+			-DCMAKE_BUILD_TYPE=RelWithDebInfo -DJAXKV_PYTHON_MODULE=OFF -DJAXKV_NATIVE_TESTS=ON \
+			-DJAXKV_SANITIZE=$$sanitizers >/dev/null && \
+		$(BIN)/cmake --build $$build && \
+		$(BIN)/ctest --test-dir $$build --output-on-failure || exit 1; \
+	done
+
 docs: $(VENV)/.jaxkv $(VENV)/.docs
 	$(BIN)/mkdocs build --strict --quiet
 

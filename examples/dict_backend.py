@@ -193,7 +193,7 @@ class DictSpec(OffloadingSpec):
 
     def get_worker(self, kv_caches: Any) -> DictWorker:
         """See :class:`OffloadingSpec`."""
-        canonical = canonicalize(kv_caches, self._options.kv_cache_config)
+        canonical = canonicalize(kv_caches, self._options.kv_cache_config, self._options.hints)
         transfer = BlockTransfer(canonical, self._staging, self._options.blocks_per_chunk)
         return DictWorker(transfer, self._data)
 

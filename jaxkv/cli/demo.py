@@ -10,9 +10,10 @@ from jaxkv.cli.arguments import count, size
 from jaxkv.errors import ConfigError
 
 _EPILOG = """\
-Several people talk about three long documents. The device cache holds less than one of the conversations next to
-another, so by the time the second turns come, the first ones have been pushed out: without offloading they are computed
-again, with it they come back from the host pool. Exit status 1 if tokens differ or nothing was loaded.
+Several people talk about three long documents. The device cache cannot hold all of the conversations,
+so by the time the second turns come, the first ones have been pushed out: without offloading they are
+computed again, with it they come back from the host pool. Exit status 1 if tokens differ or nothing was
+loaded.
 """
 
 

@@ -52,49 +52,47 @@ def ttft_s(turn: Turn) -> float:
 def print_report(console: Console, comparison: Comparison) -> None:
     """The table of requests and the totals."""
     console.print(_request_table(comparison))
-    totals, milli = comparison.transfers, 1e3
+    stats, device_evictions = comparison.transfers, comparison.device_evictions
     console.print(
-        f"stored {totals.stored_bytes / 2**20:.0f} MiB at {_rate(totals.stored_bytes, totals.store_seconds)}, "
-        f"loaded {totals.loaded_bytes / 2**20:.0f} MiB at {_rate(totals.loaded_bytes, totals.load_seconds)}; "
-        f"evictions: {comparison.device_evictions} device blocks, {totals.evicted_chunks} host chunks"
+        f"stored {_moved(stats.stored_bytes, stats.store_seconds)}, "
+        f"loaded {_moved(stats.loaded_bytes, stats.load_seconds)}; "
+        f"evictions: {device_evictions} device blocks, {stats.evicted_chunks} host chunks"
     )
     if comparison.returning:
-        off = median(ttft_s(turn) for turn, _ in comparison.returning) * milli
-        on = median(ttft_s(turn) for _, turn in comparison.returning) * milli
+        off = median(ttft_s(turn) for turn, _ in comparison.returning) * 1e3
+        on = median(ttft_s(turn) for _, turn in comparison.returning) * 1e3
         console.print(
             f"{len(comparison.returning)} requests came back from the host: median time to first token "
             f"{off:.0f} ms recomputed, {on:.0f} ms restored, [bold]{comparison.median_speedup:.1f} times[/] "
             "shorter"
         )
-    console.print(f"tokens equal with offloading on and off: [bold]{_yes(comparison.tokens_equal)}[/]")
+    equal = "yes" if comparison.tokens_equal else "NO"
+    console.print(f"tokens equal with offloading on and off: [bold]{equal}[/]")
 
 
 def _request_table(comparison: Comparison) -> Table:
-    table = Table(title="Requests with offloading on, and their time to first token with it off")
-    table.add_column("request")
-    for name in ("prompt", "from device", "from host", "computed", "TTFT on", "TTFT off", "off / on"):
-        table.add_column(name, justify="right")
+    table = Table(caption="prompt tokens by origin with offloading on; milliseconds to the first token")
+    table.add_column("request", no_wrap=True)
+    for name in ("prompt", "device", "host", "computed", "ms on", "ms off", "off/on"):
+        table.add_column(name, justify="right", no_wrap=True)
     for off, on in zip(comparison.off, comparison.on, strict=True):
-        metrics, ratio = on.metrics, ttft_s(off) / ttft_s(on)
+        metrics, ratio = on.metrics, f"{ttft_s(off) / ttft_s(on):.1f}"
         table.add_row(
             on.name,
             str(metrics.prompt_tokens),
             str(metrics.device_hit_tokens),
             str(metrics.host_hit_tokens),
             str(metrics.computed_tokens),
-            f"{ttft_s(on) * 1e3:.0f} ms",
-            f"{ttft_s(off) * 1e3:.0f} ms",
-            f"[bold]{ratio:.1f}x[/]" if metrics.host_hit_tokens else f"{ratio:.1f}x",
+            f"{ttft_s(on) * 1e3:.0f}",
+            f"{ttft_s(off) * 1e3:.0f}",
+            f"[bold]{ratio}[/]" if metrics.host_hit_tokens else ratio,
         )
     return table
 
 
-def _rate(num_bytes: int, elapsed_s: float) -> str:
-    return f"{num_bytes / elapsed_s / 1e9:.1f} GB/s" if elapsed_s > 0 else "no time at all"
-
-
-def _yes(value: bool) -> str:  # noqa: FBT001
-    return "yes" if value else "NO"
+def _moved(num_bytes: int, elapsed_s: float) -> str:
+    rate = f" at {num_bytes / elapsed_s / 1e9:.1f} GB/s" if elapsed_s > 0 else ""
+    return f"{num_bytes / 2**20:.0f} MiB{rate}"
 
 
 def save_plot(path: Path, comparison: Comparison) -> None:
@@ -113,7 +111,7 @@ def save_plot(path: Path, comparison: Comparison) -> None:
     axes.set_yticks(list(rows), [turn.name for turn in comparison.on])
     axes.invert_yaxis()
     axes.set_xlabel("time to first token, seconds")
-    axes.set_title("Gemma 3 270M, conversations that outgrow the device cache")
+    axes.set_title("Conversations that outgrow the device cache")
     axes.legend(title="offloading")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)

@@ -145,6 +145,13 @@ class KVConnectorBase(ABC):
     def register_kv_caches(self, kv_caches: KVCaches) -> None:
         """Learn the cache layout. Called once, before the first step; keeps no reference to the arrays."""
 
+    def warm_up(self, kv_caches: KVCaches, max_blocks: int) -> KVCaches:
+        """Prepare for requests of up to ``max_blocks`` blocks, so that no step waits for a compilation.
+
+        Moves nothing. The arrays passed in are consumed.
+        """
+        return kv_caches
+
     @abstractmethod
     def handle_preemptions(self, kv_caches: KVCaches, metadata: KVConnectorMetadata) -> KVCaches:
         """Submit every store of the step, before anything may overwrite what they read. Always first."""

@@ -19,8 +19,6 @@ class OffloadingConfig:
     ``blocks_per_chunk``: blocks that are stored, found and evicted together.
     ``eviction_policy``: ``"lru"`` or the dotted path of a ``CachePolicy``.
     ``offload_prompt_only``: store only chunks that lie inside the prompt.
-    ``fingerprint``: text the serving loop adds to the root of its hash chain, to keep apart what must not
-    share chunks.
     ``backend``: ``"host"`` or the dotted path of an ``OffloadingSpec``.
     ``transfer_backend``: how pages are copied, see ``BlockTransfer``.
     ``enable_events``: collect events for ``take_events``.
@@ -31,7 +29,6 @@ class OffloadingConfig:
     blocks_per_chunk: int = 1
     eviction_policy: str = "lru"
     offload_prompt_only: bool = True
-    fingerprint: str = ""
     backend: str = "host"
     transfer_backend: str = "auto"
     enable_events: bool = False

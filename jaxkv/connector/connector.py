@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from types import TracebackType
 from typing import Any, final
 
@@ -23,6 +23,7 @@ from jaxkv.connector.sizes import parse_bytes
 from jaxkv.connector.worker import OffloadingConnectorWorker
 from jaxkv.errors import ConnectorStateError
 from jaxkv.keys import BlockId, GroupId
+from jaxkv.layout import LayoutHint
 from jaxkv.offload.base import OffloadingSpec
 from jaxkv.offload.claims import claim, release
 from jaxkv.offload.factory import BackendOptions, make_offloading_spec
@@ -34,9 +35,12 @@ class OffloadingConnector(KVConnectorBase):
     """Offloads KV caches to a backend and brings them back (vLLM: ``OffloadingConnector``).
 
     ``spec`` is a backend to use instead of the one ``config`` names; the connector takes it over and shuts
-    it down. A context manager: leaving it is :meth:`shutdown`. Raises ``PoolInUseError`` where the backend or
-    its pool belongs to another connector, ``ConfigError`` for options that cannot work. After shutdown every
-    method but ``shutdown`` raises ``ConnectorStateError``.
+    it down. ``hints`` say, by layer name, what the shapes of the caches leave open, see ``LayoutHint``. A
+    context manager: leaving it is :meth:`shutdown`. After that every other method raises
+    ``ConnectorStateError``.
+
+    Raises ``PoolInUseError`` where the backend or its pool belongs to another connector, ``ConfigError`` for
+    options that cannot work.
     """
 
     def __init__(
@@ -45,9 +49,10 @@ class OffloadingConnector(KVConnectorBase):
         kv_cache_config: KVCacheConfig,
         *,
         spec: OffloadingSpec | None = None,
+        hints: Mapping[str, LayoutHint] | None = None,
     ) -> None:
         caches = ChunkedCaches(kv_cache_config, config.blocks_per_chunk)
-        self._spec = spec if spec is not None else _make_spec(config, kv_cache_config)
+        self._spec = spec if spec is not None else _make_spec(config, kv_cache_config, hints or {})
         claim(self._spec)
         self._open_scheduler: OffloadingScheduler | None = OffloadingScheduler(
             caches, self._spec.get_manager(), offload_prompt_only=config.offload_prompt_only
@@ -158,6 +163,10 @@ class OffloadingConnector(KVConnectorBase):
         assert self._scheduler is not None
         self._open_worker = OffloadingConnectorWorker(self._spec.get_worker(kv_caches))
 
+    def warm_up(self, kv_caches: KVCaches, max_blocks: int) -> KVCaches:
+        """See :class:`KVConnectorBase`."""
+        return self._worker.warm_up(kv_caches, max_blocks)
+
     def handle_preemptions(self, kv_caches: KVCaches, metadata: KVConnectorMetadata) -> KVCaches:
         """See :class:`KVConnectorBase`."""
         self._worker.submit_stores(_own(metadata), kv_caches)
@@ -221,9 +230,12 @@ def _own(metadata: KVConnectorMetadata) -> OffloadingConnectorMetadata:
     return metadata
 
 
-def _make_spec(config: OffloadingConfig, kv_cache_config: KVCacheConfig) -> OffloadingSpec:
+def _make_spec(
+    config: OffloadingConfig, kv_cache_config: KVCacheConfig, hints: Mapping[str, LayoutHint]
+) -> OffloadingSpec:
     options = BackendOptions(
         kv_cache_config=kv_cache_config,
+        hints=hints,
         host_bytes=parse_bytes(config.host_bytes),
         blocks_per_chunk=config.blocks_per_chunk,
         eviction_policy=config.eviction_policy,

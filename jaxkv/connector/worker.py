@@ -23,6 +23,11 @@ class OffloadingConnectorWorker:
         self._received: set[str] = set()
         self._failed: dict[str, LoadFailure] = {}
 
+    def warm_up(self, kv_caches: KVCaches, max_blocks: int) -> KVCaches:
+        """Compile what transfers need; answers the caches to go on with."""
+        warmed: KVCaches = self._worker.warm_up(kv_caches, max_blocks)
+        return warmed
+
     def submit_stores(self, metadata: OffloadingConnectorMetadata, kv_caches: KVCaches) -> None:
         """Submit every store of the step; each reads ``kv_caches`` as they are now."""
         for job in metadata.stores:

@@ -160,6 +160,10 @@ class OffloadingWorker(ABC):
     is computed from that pytree afterwards. That is what makes freed blocks safe to reuse in the same step.
     """
 
+    def warm_up(self, kv_caches: Any, max_blocks: int) -> Any:
+        """Compile what jobs of up to ``max_blocks`` blocks a group need; returns the pytree to go on with."""
+        return kv_caches
+
     @abstractmethod
     def submit_store(self, job: TransferJob, kv_caches: Any) -> None:
         """Start copying device blocks out. Failures become a :class:`JobResult`, never an exception."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from jaxkv.errors import ConfigError
+from jaxkv.layout import LayoutHint
 from jaxkv.offload.base import OffloadingSpec
 from jaxkv.offload.policies import load_class
 from jaxkv.spec import KVCacheConfig
@@ -15,10 +16,14 @@ from jaxkv.spec import KVCacheConfig
 @final
 @dataclass(frozen=True, slots=True)
 class BackendOptions:
-    """What every backend is made from. ``extra`` is the backend's own business."""
+    """What every backend is made from.
+
+    ``hints`` are for ``canonicalize``; ``extra`` is the backend's own business.
+    """
 
     kv_cache_config: KVCacheConfig
     host_bytes: int
+    hints: Mapping[str, LayoutHint] = field(default_factory=dict)
     blocks_per_chunk: int = 1
     eviction_policy: str = "lru"
     transfer_backend: str = "auto"

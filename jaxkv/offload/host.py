@@ -58,7 +58,7 @@ class HostOffloadingSpec(OffloadingSpec):
     def get_worker(self, kv_caches: Any) -> HostOffloadingWorker:
         """See :class:`OffloadingSpec`. ``CacheMismatchError`` for caches the config does not describe."""
         options = self._options
-        canonical = canonicalize(kv_caches, options.kv_cache_config)
+        canonical = canonicalize(kv_caches, options.kv_cache_config, options.hints)
         found = [group.record_bytes for group in canonical.groups]
         if found != self._record_bytes:
             raise CacheMismatchError(

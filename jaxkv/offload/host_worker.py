@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, final
 
+import jax
+
 from jaxkv.errors import JaxKVError
 from jaxkv.keys import JobId
 from jaxkv.offload.base import DeviceBlocks, JobResult, OffloadingWorker, TransferJob
@@ -49,6 +51,10 @@ class HostOffloadingWorker(OffloadingWorker):
         self._blocks_per_chunk = blocks_per_chunk
         self._running: dict[JobId, _RunningJob] = {}
 
+    def warm_up(self, kv_caches: Any, max_blocks: int) -> Any:
+        """See :class:`OffloadingWorker`."""
+        return self._transfer.warm_up(kv_caches, max_blocks)
+
     def submit_store(self, job: TransferJob, kv_caches: Any) -> None:
         """See :class:`OffloadingWorker`."""
         running = self._running[job.job_id] = _RunningJob(job.job_id)
@@ -56,11 +62,14 @@ class HostOffloadingWorker(OffloadingWorker):
             for blocks, slots in self._by_group(job):
                 ticket = self._transfer.offload(kv_caches, blocks.group, blocks.block_ids, slots)
                 running.tickets.append(ticket)
-        except JaxKVError as error:
+        except (JaxKVError, jax.errors.JaxRuntimeError) as error:
             running.error = str(error)
 
     def submit_load(self, job: TransferJob, kv_caches: Any) -> Any:
-        """See :class:`OffloadingWorker`. What is refused is refused before the caches are consumed."""
+        """See :class:`OffloadingWorker`. What is refused is refused before the caches are consumed.
+
+        What XLA raises is passed on: the caches may be lost then, and only the serving loop makes new ones.
+        """
         running = self._running[job.job_id] = _RunningJob(job.job_id)
         try:
             for blocks, slots in self._by_group(job):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxkv.connector import OffloadingConfig, OffloadingConnector
+from jaxkv.layout import LayoutHint
 from jaxkv.serving.engine import EngineConfig, LLMEngine
 from jaxkv.serving.model import Model
 from jaxkv.serving.sizing import divide_device_bytes
@@ -33,7 +34,8 @@ def build_engine(
     config = replace(engine_config or EngineConfig(), max_model_len=max_tokens)
     groups = model.cache_groups(DEFAULT_BLOCK_SIZE, cache_dtype)
     cache_config = divide_device_bytes(groups, device_bytes, max_tokens, config.prefill_shapes)
-    connector = None if offloading is None else OffloadingConnector(offloading, cache_config)
+    hints = {name: LayoutHint(block_axis=0) for names, _ in groups for name in names}
+    connector = None if offloading is None else OffloadingConnector(offloading, cache_config, hints=hints)
     try:
         return LLMEngine(model, cache_config, config, connector)
     except BaseException:

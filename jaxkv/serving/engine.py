@@ -200,12 +200,13 @@ class LLMEngine:
             self._guarded_step()
 
     def warmup(self) -> None:
-        """Compile every program a request can need."""
+        """Compile every program a request can need, those of the connector's transfers included."""
         shapes = [StepShape(rows, 1, samples=True) for rows in self.config.decode_rows]
         for tokens in self.config.prefill_shapes:
             shapes += [StepShape(1, tokens, samples=True), StepShape(1, tokens, samples=False)]
         for shape in shapes:
             self._compile(shape)
+        self.kv_caches = dict(self.connector.warm_up(self.kv_caches, max(self._cache.max_blocks)))
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes of the device; the connector keeps what it stored."""

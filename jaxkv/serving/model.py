@@ -57,7 +57,10 @@ class Model(Protocol):
         """Layer names and spec of each group, for blocks of ``block_size`` tokens stored as ``dtype``."""
 
     def init_caches(self, config: KVCacheConfig) -> KVCaches:
-        """Zeroed caches for the groups of :meth:`cache_groups` with the block counts of ``config``."""
+        """Zeroed caches for the groups of :meth:`cache_groups` with the block counts of ``config``.
+
+        The first axis of every leaf counts blocks.
+        """
 
     def step(self, params: Any, kv_caches: Mapping[str, Any], batch: StepBatch) -> tuple[jax.Array, KVCaches]:
         """Logits (B, vocab_size) float32 of each row's last real token, and the caches with the new tokens.
