@@ -32,6 +32,7 @@ bool PageEnd(const PagePlan& plan, int64_t* end) {
 bool LeafEnd(const PagePlan& plan, int64_t* end) {
   *end = plan.leaf_offset;
   return plan.leaf_offset >= 0 && plan.run_bytes >= 1 && !__builtin_add_overflow(*end, plan.run_bytes, end) &&
+         (plan.num_blocks == 1 || plan.block_stride >= plan.run_bytes) &&
          Extend(plan.num_blocks, plan.block_stride, end) &&
          Extend(plan.outer_count, plan.outer_leaf_stride, end) &&
          Extend(plan.inner_count, plan.inner_leaf_stride, end);

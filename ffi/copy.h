@@ -39,8 +39,8 @@ struct BlockMove {
   uint8_t* record;
 };
 
-// Whether every block of `plan` lies inside `leaf_bytes` and its page inside `record_bytes`. Safe for any
-// values.
+// Whether every block of `plan` lies inside `leaf_bytes`, apart from the next one, and its page inside
+// `record_bytes`. Safe for any values.
 bool FitsInside(const PagePlan& plan, int64_t leaf_bytes, int64_t record_bytes);
 
 // A checked set of plans, ready to copy. `leaf_data[plan.leaf]` is the first byte of a leaf.

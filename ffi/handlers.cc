@@ -51,7 +51,7 @@ int64_t BitWidth(ffi::DataType type) {
 }
 
 int64_t NumBytes(const ffi::AnyBuffer& buffer) {
-  return BitWidth(buffer.element_type()) * static_cast<int64_t>(buffer.element_count()) / 8;
+  return (BitWidth(buffer.element_type()) * static_cast<int64_t>(buffer.element_count()) + 7) / 8;
 }
 
 // The leaves of an op that only reads them.
@@ -96,10 +96,13 @@ std::optional<std::vector<PagePlan>> ParsePlans(PlanRows rows, const Leaves& lea
   if (record_bytes < 1 || rows.size() == 0 || rows.size() % kPagePlanFields != 0) return std::nullopt;
   std::vector<PagePlan> plans(rows.size() / kPagePlanFields);
   std::memcpy(plans.data(), rows.begin(), rows.size() * sizeof(int64_t));
+  int64_t free_bytes = record_bytes;
   for (const PagePlan& plan : plans) {
     if (plan.leaf < 0 || static_cast<size_t>(plan.leaf) >= leaves.data.size()) return std::nullopt;
     if (!FitsInside(plan, leaves.num_bytes[static_cast<size_t>(plan.leaf)], record_bytes))
       return std::nullopt;
+    if (plan.page_bytes() > free_bytes) return std::nullopt;  // Pages of one record share no byte.
+    free_bytes -= plan.page_bytes();
   }
   return plans;
 }
@@ -124,11 +127,11 @@ class Tally {
       if (block == -1) continue;
       uint8_t* record = record_of(static_cast<int64_t>(j));
       if (block < 0 || block >= num_blocks) {
-        ++counts_[kBadBlock];
+        Refuse(j, kBadBlock);
       } else if (record == nullptr) {
-        ++counts_[kBadAddress];
+        Refuse(j, kBadAddress);
       } else if (writes_leaves && seen[static_cast<size_t>(block)]) {
-        ++counts_[kRepeated];
+        Refuse(j, kRepeated);
       } else {
         if (writes_leaves) seen[static_cast<size_t>(block)] = true;
         moves.push_back({block, record});
@@ -140,9 +143,11 @@ class Tally {
 
   // Nothing moves; every entry that asked for something is refused for the same reason.
   void RefuseAll(StatusEntry reason) {
-    const int32_t* ids = ids_.typed_data();
     counts_.fill(0);
-    counts_[reason] = std::count_if(ids, ids + ids_.element_count(), [](int32_t id) { return id != -1; });
+    any_refused_ = false;
+    for (size_t j = 0; j < ids_.element_count(); ++j) {
+      if (ids_.typed_data()[j] != -1) Refuse(j, reason);
+    }
   }
 
   void WriteTo(IdResult& status) {
@@ -155,9 +160,15 @@ class Tally {
   }
 
  private:
+  void Refuse(size_t entry, StatusEntry reason) {
+    ++counts_[reason];
+    if (!std::exchange(any_refused_, true)) counts_[kFirstRefused] = static_cast<int64_t>(entry);
+  }
+
   const std::chrono::steady_clock::time_point started_ = std::chrono::steady_clock::now();
   const IdBuffer& ids_;
   std::array<int64_t, kStatusSize> counts_{};
+  bool any_refused_ = false;
 };
 
 // Runs a copy and reports how it ended, also when memory for its bookkeeping was refused.

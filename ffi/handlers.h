@@ -9,15 +9,16 @@ namespace jaxkv {
 // Entries of the status every op returns (int32). A handler that returned an error after its operands were
 // donated would destroy them, so what is refused is counted here and leaves all other bytes alone.
 enum StatusEntry {
-  kMoved = 0,        // blocks copied
-  kBadBlock = 1,     // refused: block id outside the group
-  kRepeated = 2,     // refused: block named before in the same write
-  kBadAddress = 3,   // refused: record outside the pool or the staging array
-  kBadGeometry = 4,  // refused: plans, shapes and sizes contradict each other
-  kNoPool = 5,       // refused: pool closed, unknown, or of another process
-  kNoMemory = 6,     // refused: no memory for the bookkeeping of the copy
-  kElapsedUs = 7,    // microseconds spent
-  kStatusSize = 8,
+  kMoved = 0,         // blocks copied
+  kBadBlock = 1,      // refused: block id outside the group
+  kRepeated = 2,      // refused: block named before in the same write
+  kBadAddress = 3,    // refused: record outside the pool or the staging array
+  kBadGeometry = 4,   // refused: plans, shapes and sizes contradict each other
+  kNoPool = 5,        // refused: pool closed, unknown, or of another process
+  kNoMemory = 6,      // refused: no memory for the bookkeeping of the copy
+  kFirstRefused = 7,  // index of the first refused entry, if any was refused
+  kElapsedUs = 8,     // microseconds spent
+  kStatusSize = 9,
 };
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(GatherPagesHandler);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import threading
@@ -25,7 +26,7 @@ from jaxkv.errors import (
     PoolInUseError,
     SlotError,
 )
-from jaxkv.memory_limit import memory_limit_bytes
+from jaxkv.memory_limit import available_memory_bytes
 from jaxkv.slabs import SLOT_UNIT_BYTES, SlabAllocator, choose_slab_bytes
 
 if TYPE_CHECKING:
@@ -41,13 +42,12 @@ _epochs = itertools.count(1)
 def load_native() -> ModuleType:
     """The compiled extension. Raises :class:`NativeError` if it is not there or does not load."""
     try:
-        from jaxkv import _native  # noqa: PLC0415
+        return importlib.import_module("jaxkv._native")
     except ImportError as error:
         raise NativeError(
             f"jaxkv's compiled extension does not load ({error}); install jaxkv with "
             "'pip install .' for this Python, with jaxlib 0.10 or newer"
         ) from error
-    return _native
 
 
 @final
@@ -69,7 +69,7 @@ class HostPool:
     called from several threads.
 
     Raises :class:`ConfigError` for a capacity that is not a positive number of bytes, that is over 1 TiB, or
-    that is more than this machine or its control group has.
+    that is more than this machine or its control group has left.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
@@ -182,25 +182,32 @@ class HostPool:
 
     def reserve_slots(self, slot_bytes: int, num_slots: int) -> list[Slot]:
         """``num_slots`` slots of ``slot_bytes``. Raises :class:`PoolFull`, and then keeps nothing."""
-        if num_slots < 0:
-            raise ConfigError(f"cannot reserve {num_slots} slots; ask for 0 or more")
+        if not isinstance(num_slots, int | np.integer) or num_slots < 0:
+            raise ConfigError(f"cannot reserve {num_slots!r} slots; ask for a whole number, 0 or more")
         with self._usable():
             self._fit(frozenset((slot_bytes,)))
-            slots = [slot for _ in range(num_slots) if (slot := self._allocate(slot_bytes)) is not None]
-            if len(slots) == num_slots:
-                return slots
-            for slot in slots:
-                self._free(slot)
-            raise PoolFull(
-                f"the host pool has {len(slots)} free slots of {slot_bytes} bytes, {num_slots} were asked "
-                f"for; free slots or give the pool more than {self.capacity_bytes} bytes"
-            )
+            num_free = self._slabs.num_free(slot_bytes)
+            if num_free < num_slots:
+                raise PoolFull(
+                    f"the host pool has {num_free} free slots of {slot_bytes} bytes, {num_slots} were asked "
+                    f"for; free slots or give the pool more than {self.capacity_bytes} bytes"
+                )
+            return [slot for _ in range(num_slots) if (slot := self._allocate(slot_bytes)) is not None]
 
     def free(self, slot: Slot) -> None:
         """Give a slot back. Its bytes stay untouched while a view or a transfer still uses them."""
+        self.free_slots((slot,))
+
+    def free_slots(self, slots: Iterable[Slot]) -> None:
+        """As :meth:`free` for several slots. If one is not in use, or named twice, none is given back."""
+        slots = tuple(slots)
         with self._usable():
-            self._require_live(slot)
-            self._free(slot)
+            for slot in slots:
+                self._require_live(slot)
+            if len({slot.offset for slot in slots}) != len(slots):
+                raise SlotError("a slot is named twice among those to be freed; free each slot once")
+            for slot in slots:
+                self._free(slot)
 
     def slab_of(self, slot: Slot) -> int:
         """The slab of a slot. Other slot sizes get its bytes once all slots of the slab are free."""
@@ -336,9 +343,9 @@ def _require_capacity(capacity_bytes: int) -> None:
         raise ConfigError(
             f"a host pool holds at most {MAX_CAPACITY_BYTES} bytes, got {capacity_bytes}; use several pools"
         )
-    limit = memory_limit_bytes()
-    if capacity_bytes > limit:
+    available = available_memory_bytes()
+    if capacity_bytes > available:
         raise ConfigError(
-            f"a host pool of {capacity_bytes} bytes is more than the {limit} bytes of memory this process "
-            "may use; give it less than that"
+            f"a host pool of {capacity_bytes} bytes is more than the {available} bytes of memory this process "
+            "can still get; give it less than that, or free memory first"
         )

@@ -10,6 +10,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import final
 
+import numpy as np
+
 from jaxkv.errors import ConfigError
 
 PAGE_BYTES = 4096
@@ -22,8 +24,8 @@ _MAX_SLOTS_TRIED = 256
 
 def slot_stride(slot_bytes: int) -> int:
     """Bytes a slot of ``slot_bytes`` takes from the arena, the padding that keeps slots aligned included."""
-    if slot_bytes < 1:
-        raise ConfigError(f"a slot needs at least 1 byte, got {slot_bytes}")
+    if not isinstance(slot_bytes, int | np.integer) or slot_bytes < 1:
+        raise ConfigError(f"a slot needs a whole number of bytes, at least 1, got {slot_bytes!r}")
     unit = PAGE_BYTES if slot_bytes >= PAGE_BYTES else SLOT_UNIT_BYTES
     return -(-slot_bytes // unit) * unit
 

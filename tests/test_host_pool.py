@@ -24,7 +24,7 @@ from jaxkv.errors import (
     SlotError,
 )
 from jaxkv.host_pool import HostPool
-from jaxkv.memory_limit import memory_limit_bytes
+from jaxkv.memory_limit import available_memory_bytes
 
 MIB = 1 << 20
 
@@ -53,31 +53,77 @@ def test_a_capacity_that_is_no_sensible_number_of_bytes_is_an_error(capacity: ob
         HostPool(capacity)  # type: ignore[arg-type]
 
 
-def test_a_capacity_beyond_the_memory_of_the_machine_names_both_numbers(
+def test_a_capacity_beyond_the_memory_that_is_left_names_both_numbers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(host_pool, "memory_limit_bytes", lambda: 8 * MIB)
+    monkeypatch.setattr(host_pool, "available_memory_bytes", lambda: 8 * MIB)
     with pytest.raises(ConfigError, match=f"{8 * MIB + 1} bytes is more than the {8 * MIB} bytes"):
         HostPool(8 * MIB + 1)
 
 
-def write_limit(root: Path, path: str, text: str) -> None:
+def write_file(root: Path, path: str, text: str) -> None:
     file = root / path
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
 
 
-def test_the_memory_limit_is_the_smallest_of_all_control_groups(tmp_path: Path) -> None:
-    physical = memory_limit_bytes(tmp_path)
-    write_limit(tmp_path, "proc/self/cgroup", "4:cpu:/x\n3:memory:/a/b\n0::/c\n")
-    assert memory_limit_bytes(tmp_path) == physical
-    write_limit(tmp_path, "sys/fs/cgroup/c/memory.max", "max\n")
-    write_limit(tmp_path, "sys/fs/cgroup/memory/a/b/memory.limit_in_bytes", f"{2**63 - 4096}\n")
-    assert memory_limit_bytes(tmp_path) == physical
-    write_limit(tmp_path, "sys/fs/cgroup/memory/a/memory.limit_in_bytes", "5000000\n")
-    assert memory_limit_bytes(tmp_path) == 5000000
-    write_limit(tmp_path, "sys/fs/cgroup/memory.max", "4000000\n")
-    assert memory_limit_bytes(tmp_path) == 4000000
+def test_the_memory_left_is_the_least_of_all_control_groups(tmp_path: Path) -> None:
+    physical = available_memory_bytes(tmp_path)
+    write_file(tmp_path, "proc/self/cgroup", "4:cpu:/x\n3:memory:/a/b\n0::/c\n")
+    assert available_memory_bytes(tmp_path) == physical
+    write_file(tmp_path, "sys/fs/cgroup/c/memory.max", "max\n")
+    write_file(tmp_path, "sys/fs/cgroup/memory/a/b/memory.limit_in_bytes", f"{2**63 - 4096}\n")
+    assert available_memory_bytes(tmp_path) == physical
+    write_file(tmp_path, "sys/fs/cgroup/memory/a/memory.limit_in_bytes", "5000000\n")
+    assert available_memory_bytes(tmp_path) == 5000000
+    write_file(tmp_path, "sys/fs/cgroup/memory.max", "4000000\n")
+    assert available_memory_bytes(tmp_path) == 4000000
+
+
+def test_what_is_in_use_counts_against_the_memory_left_and_file_pages_do_not(tmp_path: Path) -> None:
+    write_file(tmp_path, "proc/meminfo", "MemTotal: 9999 kB\nMemAvailable: 9000 kB\nSwapFree: 7 kB\n")
+    assert available_memory_bytes(tmp_path) == 9007 * 1024
+    write_file(tmp_path, "proc/self/cgroup", "3:memory:/a\n0::/c\n")
+    write_file(tmp_path, "sys/fs/cgroup/c/memory.max", "5000000\n")
+    write_file(tmp_path, "sys/fs/cgroup/c/memory.current", "2000000\n")
+    assert available_memory_bytes(tmp_path) == 3000000
+    write_file(tmp_path, "sys/fs/cgroup/c/memory.stat", "anon 1\ninactive_file 300000\nactive_file 40000\n")
+    assert available_memory_bytes(tmp_path) == 3340000
+    write_file(tmp_path, "sys/fs/cgroup/memory/a/memory.limit_in_bytes", "3000000\n")
+    write_file(tmp_path, "sys/fs/cgroup/memory/a/memory.usage_in_bytes", "500000\n")
+    write_file(tmp_path, "sys/fs/cgroup/memory/a/memory.stat", "active_file 9\ntotal_active_file 100000\n")
+    assert available_memory_bytes(tmp_path) == 2600000
+    write_file(tmp_path, "sys/fs/cgroup/memory/a/memory.usage_in_bytes", "90000000\n")
+    assert available_memory_bytes(tmp_path) == 0
+
+
+@pytest.mark.parametrize("num_slots", [-1, 1.5, "2", None], ids=repr)
+def test_a_number_of_slots_that_is_none_is_an_error(num_slots: object) -> None:
+    with HostPool(MIB) as pool, pytest.raises(ConfigError, match=f"cannot reserve {num_slots!r} slots"):
+        pool.reserve_slots(512, num_slots)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("slot_bytes", [0, -512, 512.0, "512"], ids=repr)
+def test_a_slot_size_that_is_none_is_an_error(slot_bytes: object) -> None:
+    with HostPool(MIB) as pool, pytest.raises(ConfigError, match=f"at least 1, got {slot_bytes!r}"):
+        pool.try_reserve(slot_bytes)  # type: ignore[arg-type]
+
+
+def test_a_reservation_of_absurdly_many_slots_is_refused_at_once() -> None:
+    with HostPool(MIB) as pool, pytest.raises(PoolFull, match=f"{2**60} were asked for"):
+        pool.reserve_slots(4096, 2**60)
+
+
+def test_slots_freed_together_are_freed_all_or_not_at_all() -> None:
+    with HostPool(MIB) as pool:
+        first, second, stale = pool.reserve_slots(4096, 3)
+        pool.free(stale)
+        for wrong, message in (((first, stale, second), "was freed"), ((first, first), "named twice")):
+            with pytest.raises(SlotError, match=message):
+                pool.free_slots(wrong)
+            assert pool.used_bytes == 8192
+        pool.free_slots((first, second))
+        assert pool.used_bytes == 0
 
 
 @pytest.mark.parametrize(("slot_bytes", "alignment"), [(1, 512), (600, 512), (4095, 512), (4097, 4096)])

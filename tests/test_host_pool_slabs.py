@@ -97,5 +97,5 @@ def test_slabs_that_do_not_fit_the_arena_are_an_error(slab_bytes: int) -> None:
 
 
 def test_a_slot_of_no_bytes_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="at least 1 byte, got 0"):
+    with pytest.raises(ConfigError, match="at least 1, got 0"):
         slot_stride(0)

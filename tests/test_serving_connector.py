@@ -154,3 +154,26 @@ def test_loaded_blocks_are_not_findable_before_the_load_has_landed():
     while engine.has_unfinished_requests:
         engine.step()
     assert all(pool.num_cached > 0 for pool in engine._cache.pools)
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids="+".join)
+def test_a_loaded_request_may_go_on_with_a_smaller_chunk_than_was_planned(kinds):
+    options = {"prefill_budget": 40, "max_num_seqs": 2}
+    engine, connector = make_engine(kinds, load_steps=1, options=options, blocks={"full": 80, "window": 40})
+    prompt, other = [*random_prompt(0, 44), *random_prompt(1, 40)], random_prompt(2, 100)
+    expect(engine, [prompt[:44]])
+    engine.reset_prefix_cache()
+    ids = [engine.add_request(prompt, SamplingParams(max_new_tokens=6))]
+    engine.step()
+    # Admitted with room for a chunk of 32 tokens; by the time it has landed the other one leaves it 8.
+    ids.append(engine.add_request(other, SamplingParams(max_new_tokens=6)))
+    outputs = []
+    while engine.has_unfinished_requests:
+        outputs += engine.step()
+    done = {output.request_id: output.output_ids for output in outputs}
+    assert done == {
+        key: oracle_tokens(tokens, 6, kinds) for key, tokens in zip(ids, (prompt, other), strict=True)
+    }
+    engine.flush()
+    assert connector.loaded_pages > 0
+    assert_all_blocks_are_free(engine)

@@ -18,7 +18,10 @@ from jaxkv.serving.model import StepBatch
 PageCache = tuple[jax.Array, jax.Array]
 """K and V pages of one layer."""
 
+QUERY_TOKENS = 256
+"""Queries that visit the same tiles."""
 TILE_TOKENS = 256
+"""Keys of one tile, rounded to blocks."""
 _LOWEST_PEAK, _MASKED = -1e20, -1e30
 """So far apart that a masked score weighs nothing even in a row that has seen no key yet."""
 
@@ -29,14 +32,13 @@ class AttentionPlan:
     """What all layers of one group share in a step; see :func:`plan_attention`.
 
     ``table`` (B, M) block ids; ``positions`` (B, T); ``is_new`` (B, T) real tokens; ``kv_end`` (B,) tokens in
-    the cache after this step; ``first_block`` (B,) column of the first block any query of the row sees.
+    the cache after this step.
     """
 
     table: jax.Array
     positions: jax.Array
     is_new: jax.Array
     kv_end: jax.Array
-    first_block: jax.Array
     block_size: int
     window: int | None
 
@@ -55,15 +57,11 @@ def plan_attention(
     With a ``window``, a query sees the last ``window`` tokens, its own included.
     """
     positions, is_new = token_positions(batch)
-    first_token = jnp.zeros_like(batch.num_computed)
-    if window is not None:
-        first_token = jnp.maximum(batch.num_computed - (window - 1), 0)
     return AttentionPlan(
         table=table,
         positions=positions,
         is_new=is_new,
         kv_end=jnp.where(batch.num_new > 0, batch.num_computed + batch.num_new, 0),
-        first_block=first_token // block_size,
         block_size=block_size,
         window=window,
     )
@@ -94,18 +92,28 @@ def attend(plan: AttentionPlan, cache: PageCache, q: jax.Array, scale: float) ->
     Query head ``h`` reads kv head ``h // (Hq / H)``. Rows without real tokens come out as zeros.
     """
     batch, steps, num_heads, head_size = q.shape
-    num_kv_heads = cache[0].shape[2]
     # (B, H, T, Hq / H, D): free of copies for a single kv head.
-    grouped = q.reshape(batch, steps, num_kv_heads, -1, head_size).transpose(0, 2, 1, 3, 4) * scale
+    grouped = q.reshape(batch, steps, cache[0].shape[2], -1, head_size).transpose(0, 2, 1, 3, 4) * scale
+    outs = []
+    for first in range(0, steps, QUERY_TOKENS):
+        part = slice(first, first + QUERY_TOKENS)
+        outs.append(_attend_part(plan, cache, grouped[:, :, part], plan.positions[:, part]))
+    out = jnp.concatenate(outs, axis=2)
+    return out.transpose(0, 2, 1, 3, 4).reshape(batch, steps, num_heads * head_size)
+
+
+def _attend_part(plan: AttentionPlan, cache: PageCache, q: jax.Array, positions: jax.Array) -> jax.Array:
+    """Attention output, shaped like ``q`` (B, H, T, Hq / H, D), of consecutive tokens at ``positions`` (B, T)."""
+    first_block, num_blocks = _blocks_seen(plan, positions)
     blocks_per_tile = max(1, TILE_TOKENS // plan.block_size)
-    used_blocks = -(-plan.kv_end // plan.block_size) - plan.first_block
-    num_tiles = -(-jnp.max(used_blocks) // blocks_per_tile)
+    num_tiles = -(-jnp.max(num_blocks) // blocks_per_tile)
 
     def add_tile(tile: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         peak, total, acc = carry
-        k, v, key_positions, readable = _load_tile(plan, cache, tile, blocks_per_tile)
-        visible = _visible(plan, key_positions, readable)[:, None, :, None, :]  # (B, 1, T, 1, K)
-        scores = jnp.einsum("bhtgd,bshd->bhtgs", grouped, k)
+        columns = first_block + tile * blocks_per_tile
+        k, v, key_positions, readable = _load_tile(plan, cache, columns, blocks_per_tile)
+        visible = _visible(plan, positions, key_positions, readable)[:, None, :, None, :]  # (B, 1, T, 1, K)
+        scores = jnp.einsum("bhtgd,bshd->bhtgs", q, k)
         scores = jnp.where(visible, scores, _MASKED)
         new_peak = jnp.maximum(peak, scores.max(axis=-1))
         weights = jnp.exp(scores - new_peak[..., None])
@@ -113,20 +121,31 @@ def attend(plan: AttentionPlan, cache: PageCache, q: jax.Array, scale: float) ->
         acc = acc * shrink[..., None] + jnp.einsum("bhtgs,bshd->bhtgd", weights, v)
         return new_peak, total * shrink + weights.sum(axis=-1), acc
 
-    rows = grouped.shape[:-1]
-    start = (jnp.full(rows, _LOWEST_PEAK), jnp.zeros(rows), jnp.zeros(grouped.shape))
+    rows = q.shape[:-1]
+    start = (jnp.full(rows, _LOWEST_PEAK), jnp.zeros(rows), jnp.zeros(q.shape))
     _, total, acc = jax.lax.fori_loop(0, num_tiles, add_tile, start)
     out: jax.Array = acc / jnp.maximum(total, 1e-30)[..., None]
-    return out.transpose(0, 2, 1, 3, 4).reshape(batch, steps, num_heads * head_size)
+    return out
+
+
+def _blocks_seen(plan: AttentionPlan, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """First block (B,) that queries at ``positions`` (B, T) see, and how many (B,) from there on."""
+    first, end = positions[:, 0], jnp.minimum(positions[:, -1] + 1, plan.kv_end)
+    first_seen = jnp.zeros_like(first) if plan.window is None else jnp.maximum(first - (plan.window - 1), 0)
+    first_block = first_seen // plan.block_size
+    num_blocks = -(-end // plan.block_size) - first_block
+    return first_block, jnp.where(first < plan.kv_end, num_blocks, 0)
 
 
 def _load_tile(
-    plan: AttentionPlan, cache: PageCache, tile: jax.Array, blocks_per_tile: int
+    plan: AttentionPlan, cache: PageCache, first_column: jax.Array, num_columns: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """K and V (B, K, H, D) of a tile as float32, their positions (B, K), and which of them hold a token."""
+    """K and V (B, K, H, D) of a tile as float32, their positions (B, K), and which of them hold a token.
+
+    The tile is ``num_columns`` columns of the table from ``first_column`` (B,) on.
+    """
     batch = plan.table.shape[0]
-    in_tile = jnp.arange(blocks_per_tile, dtype=jnp.int32)
-    columns = plan.first_block[:, None] + tile * blocks_per_tile + in_tile[None, :]
+    columns = first_column[:, None] + jnp.arange(num_columns, dtype=jnp.int32)
     blocks = _blocks_at(plan, columns)
     in_block = jnp.arange(plan.block_size, dtype=jnp.int32)
     positions = (columns[:, :, None] * plan.block_size + in_block).reshape(batch, -1)
@@ -142,8 +161,10 @@ def _load_tile(
     return k, jnp.where(readable[:, :, None, None], v, 0.0), positions, readable
 
 
-def _visible(plan: AttentionPlan, key_positions: jax.Array, readable: jax.Array) -> jax.Array:
+def _visible(
+    plan: AttentionPlan, positions: jax.Array, key_positions: jax.Array, readable: jax.Array
+) -> jax.Array:
     """(B, T, K): which keys each query sees."""
-    distance = plan.positions[:, :, None] - key_positions[:, None, :]
+    distance = positions[:, :, None] - key_positions[:, None, :]
     visible = readable[:, None, :] & (distance >= 0)
     return visible if plan.window is None else visible & (distance < plan.window)

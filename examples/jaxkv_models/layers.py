@@ -36,7 +36,7 @@ def linear(params: Params, name: str, x: jax.Array) -> jax.Array:
     inner = (((1,), (1,)), ((), ()))
     if 1 < len(rows) <= _FEW_ROWS:
         # Without the barrier the compiler folds the transpose away by swapping the operands back.
-        y = _keep(jax.lax.dot_general(weight, rows, inner)).T
+        y = keep(jax.lax.dot_general(weight, rows, inner)).T
     else:
         y = jax.lax.dot_general(rows, weight, inner)
     y = y.reshape(*x.shape[:-1], -1)
@@ -44,7 +44,7 @@ def linear(params: Params, name: str, x: jax.Array) -> jax.Array:
     return y if bias is None else y + bias
 
 
-def _keep(x: jax.Array) -> jax.Array:
+def keep(x: jax.Array) -> jax.Array:
     """``x``, computed here and in this form: the compiler fuses or rewrites nothing across it."""
     kept: jax.Array = jax.lax.optimization_barrier(x)  # type: ignore[no-untyped-call]
     return kept
@@ -68,7 +68,8 @@ def rope_angles(
     exponents = np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim
     frequencies = jnp.asarray(base**-exponents / factor, jnp.float32)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    # Unless they are kept, every layer computes them anew, once for each head.
+    return keep(jnp.cos(angles)), keep(jnp.sin(angles))
 
 
 def apply_rope(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -90,6 +90,9 @@ void CheckBounds() {
   assert(FitsInside(fits, 64, 512));
   assert(!FitsInside(fits, 63, 512));
   assert(!FitsInside(fits, 64, 511));
+  assert(!FitsInside({0, 4, 15, 16, 0, 0, 1, 0, 0, 1, 0, 0}, 64, 512));
+  assert(!FitsInside({0, int64_t{1} << 62, 0, 16, 0, 0, 1, 0, 0, 1, 0, 0}, 64, 512));
+  assert(FitsInside({0, 1, 0, 16, 0, 0, 1, 0, 0, 1, 0, 0}, 16, 512));
   const int64_t bad_values[] = {-1, -kMost, kMost, kMost - 1, kMost / 2, std::numeric_limits<int64_t>::min()};
   for (int field = 1; field < jaxkv::kPagePlanFields; ++field) {
     for (int64_t value : bad_values) {

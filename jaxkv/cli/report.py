@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import final
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -55,14 +56,14 @@ def print_report(console: Console, comparison: Comparison) -> None:
     stats, device_evictions = comparison.transfers, comparison.device_evictions
     console.print(
         f"stored {_moved(stats.stored_bytes, stats.store_seconds)}, "
-        f"loaded {_moved(stats.loaded_bytes, stats.load_seconds)}; "
-        f"evictions: {device_evictions} device blocks, {stats.evicted_chunks} host chunks"
+        f"loaded {_moved(stats.loaded_bytes, stats.load_seconds)}\n"
+        f"evicted {device_evictions} device blocks, {stats.evicted_chunks} host chunks"
     )
     if comparison.returning:
         off = median(ttft_s(turn) for turn, _ in comparison.returning) * 1e3
         on = median(ttft_s(turn) for _, turn in comparison.returning) * 1e3
         console.print(
-            f"{len(comparison.returning)} requests came back from the host: median time to first token "
+            f"{len(comparison.returning)} requests came back from the host; their median time to first token:\n"
             f"{off:.0f} ms recomputed, {on:.0f} ms restored, [bold]{comparison.median_speedup:.1f} times[/] "
             "shorter"
         )
@@ -71,9 +72,14 @@ def print_report(console: Console, comparison: Comparison) -> None:
 
 
 def _request_table(comparison: Comparison) -> Table:
-    table = Table(caption="prompt tokens by origin with offloading on; milliseconds to the first token")
+    table = Table(
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        caption="prompt tokens by origin; time to first token on and off, in ms",
+    )
     table.add_column("request", no_wrap=True)
-    for name in ("prompt", "device", "host", "computed", "ms on", "ms off", "off/on"):
+    for name in ("prompt", "device", "host", "computed", "on", "off", "off/on"):
         table.add_column(name, justify="right", no_wrap=True)
     for off, on in zip(comparison.off, comparison.on, strict=True):
         metrics, ratio = on.metrics, f"{ttft_s(off) / ttft_s(on):.1f}"

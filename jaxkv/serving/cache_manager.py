@@ -42,9 +42,18 @@ class BlockTable:
         self.row[index] = block
         self.length = max(self.length, index + 1)
 
-    def block_ids(self, first: int = 0) -> list[BlockId | None]:
-        """Entries from ``first`` on, holes as ``None``."""
-        return [BlockId(block) if block >= 0 else None for block in self.row[first : self.length].tolist()]
+    def move_last(self, index: int) -> None:
+        """Let the block that is held last stand at ``index``, which holds none."""
+        assert self.row[index] < 0, f"entry {index} holds block {self.row[index]} already"
+        block = self.row[self.length - 1]
+        self.row[self.length - 1] = -1
+        self.row[index] = block
+        self.length = index + 1
+
+    def block_ids(self, first: int = 0, end: int | None = None) -> list[BlockId | None]:
+        """Entries ``[first, end)``, by default all behind ``first``; holes as ``None``."""
+        entries = self.row[first : self.length if end is None else end]
+        return [BlockId(block) if block >= 0 else None for block in entries.tolist()]
 
 
 def blocks_of_step(spec: LayerSpec, chunk: Chunk, num_tokens: int) -> Sequence[int]:
@@ -134,6 +143,7 @@ class CacheManager:
         """
         tables = self._held[request.request_id].tables
         self._release_unread(tables, chunk.start)
+        self._place_reserved_states(tables, chunk)
         wanted = [
             [index for index in blocks_of_step(spec, chunk, request.num_tokens) if index >= table.length]
             for spec, table in zip(self.specs, tables, strict=True)
@@ -189,6 +199,15 @@ class CacheManager:
         held.reported = tuple(table.length for table in held.tables)
         return [table.block_ids() for table in held.tables]
 
+    def loaded_tables(self, request: Request, num_tokens: int) -> list[list[BlockId | None]]:
+        """Tables of the ``num_tokens`` tokens a load brought, for the connector.
+
+        What was taken at admission for the first chunk is told as new when that chunk is scheduled.
+        """
+        held = self._held[request.request_id]
+        held.reported = tuple(ceil_div(num_tokens, spec.block_size) for spec in self.specs)
+        return [table.block_ids(0, end) for table, end in zip(held.tables, held.reported, strict=True)]
+
     def new_tables(self, request: Request) -> list[list[BlockId | None]] | None:
         """Entries appended since the connector was last told, or ``None`` if there are none."""
         held = self._held[request.request_id]
@@ -227,6 +246,15 @@ class CacheManager:
                     pool.release(BlockId(int(table.row[index])))
                     table.row[index] = -1
             table.first_held = max(table.first_held, first)
+
+    def _place_reserved_states(self, tables: tuple[BlockTable, ...], chunk: Chunk) -> None:
+        """Put a state block taken for a chunk of another length, before a load, where ``chunk`` ends."""
+        for spec, table in zip(self.specs, tables, strict=True):
+            if isinstance(spec, MambaSpec):
+                written = (chunk.end - 1) // spec.block_size
+                holds_unwritten = (table.length - 1) * spec.block_size >= chunk.start
+                if holds_unwritten and table.row[written] < 0:
+                    table.move_last(written)
 
     def _hash(self, request: Request, group: GroupId, index: int) -> BlockHash:
         return request.block_hashes[(index + 1) * self._hashes_per_block[group] - 1]

@@ -293,7 +293,8 @@ class Scheduler:
         request.num_computed_tokens = loading.boundary
         request.status = RequestStatus.RUNNING
         self._running.append(request)
-        self._connector.update_state_after_alloc(request, self.cache.all_tables(request), 0)
+        tables = self.cache.loaded_tables(request, loading.boundary)
+        self._connector.update_state_after_alloc(request, tables, 0)
 
     def _load_failed(self, request_id: str) -> None:
         """Give the blocks back and queue the request as one that was never admitted."""

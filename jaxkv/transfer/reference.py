@@ -5,6 +5,7 @@ Leaves are flat, writable ``uint8`` views of the leaves' memory. Writing ops cha
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -62,16 +63,16 @@ def _move_all(
     writes_leaves: bool,
 ) -> Status:
     moved: list[int] = []
-    bad_block = bad_address = repeated = 0
-    for block, record in zip(map(int, block_ids), records, strict=True):
+    refused: list[tuple[int, str]] = []
+    for entry, (block, record) in enumerate(zip(map(int, block_ids), records, strict=True)):
         if block == -1:
             continue
         if not 0 <= block < pages.num_blocks:
-            bad_block += 1
+            refused.append((entry, "bad_block"))
         elif record is None:
-            bad_address += 1
+            refused.append((entry, "bad_address"))
         elif writes_leaves and block in moved:
-            repeated += 1
+            refused.append((entry, "repeated"))
         else:
             moved.append(block)
             if writes_leaves:
@@ -79,7 +80,8 @@ def _move_all(
             else:
                 record[:] = 0
                 _read_block(leaves, block, record, pages)
-    return make_status(moved=len(moved), bad_block=bad_block, bad_address=bad_address, repeated=repeated)
+    counts = Counter(reason for _, reason in refused)
+    return make_status(moved=len(moved), first_refused=refused[0][0] if refused else 0, **counts)
 
 
 def _read_block(leaves: Sequence[Bytes], block: int, record: Bytes, pages: GroupPages) -> None:

@@ -1,7 +1,8 @@
-"""What an op reports: how many blocks it moved, how many it refused, and why."""
+"""What an op reports: how many blocks it moved, how many it refused, which first, and why."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import final
 
@@ -20,7 +21,8 @@ class StatusEntry(IntEnum):
     BAD_GEOMETRY = 4
     NO_POOL = 5
     NO_MEMORY = 6
-    ELAPSED_US = 7
+    FIRST_REFUSED = 7
+    ELAPSED_US = 8
 
 
 STATUS_SIZE = len(StatusEntry)
@@ -43,7 +45,10 @@ def make_status(**counts: int) -> npt.NDArray[np.int32]:
     return status
 
 
-def explain_refusals(status: npt.NDArray[np.int32]) -> str | None:
-    """The refusals of a status array in words, or ``None`` if there were none."""
-    reasons = [f"{status[entry]} x {text}" for entry, text in _REASONS.items() if status[entry]]
-    return f"blocks refused: {', '.join(reasons)}" if reasons else None
+def explain_refusals(counts: Sequence[int], block_ids: npt.NDArray[np.int32]) -> str | None:
+    """The refusals of a status (as a list) in words, or ``None`` if there were none."""
+    reasons = [f"{counts[entry]} x {text}" for entry, text in _REASONS.items() if counts[entry]]
+    if not reasons:
+        return None
+    first = counts[StatusEntry.FIRST_REFUSED]
+    return f"blocks refused: {', '.join(reasons)}; the first is block_ids[{first}], block {block_ids[first]}"

@@ -30,9 +30,15 @@ class TransferResult:
 class Ticket:
     """One transfer. ``wait`` may be called any number of times, from any thread."""
 
-    def __init__(self, status: Status, num_blocks: int, block_bytes: int, on_end: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        status: Status,
+        block_ids: npt.NDArray[np.int32],
+        block_bytes: int,
+        on_end: Callable[[], None],
+    ) -> None:
         self._status: Status | None = status
-        self._num_blocks = num_blocks
+        self._block_ids = block_ids
         self._block_bytes = block_bytes
         self._on_end = on_end
         self._lock = threading.Lock()
@@ -48,20 +54,18 @@ class Ticket:
         with self._lock:
             if self._result is None:
                 assert self._status is not None
-                self._result = self._read(self._status)
-                self._status = None
+                result = self._read(self._status)
                 self._on_end()
+                self._result, self._status = result, None
             return self._result
 
     def _read(self, status: Status) -> TransferResult:
         try:
-            counts = np.asarray(status)
+            counts = np.asarray(status).tolist()
         except Exception as error:  # Whatever XLA raises is how this transfer ended.
             return TransferResult(0, 0.0, f"the program failed: {error}")
-        moved = int(counts[StatusEntry.MOVED])
-        error_text = explain_refusals(counts)
-        if error_text is None and moved != self._num_blocks:
-            error_text = f"{moved} blocks moved, {self._num_blocks} were asked for"
-        return TransferResult(
-            moved * self._block_bytes, int(counts[StatusEntry.ELAPSED_US]) * 1e-6, error_text
-        )
+        moved, wanted = counts[StatusEntry.MOVED], int(np.count_nonzero(self._block_ids >= 0))
+        error_text = explain_refusals(counts, self._block_ids)
+        if error_text is None and moved != wanted:
+            error_text = f"{moved} blocks moved, {wanted} were asked for"
+        return TransferResult(moved * self._block_bytes, counts[StatusEntry.ELAPSED_US] * 1e-6, error_text)

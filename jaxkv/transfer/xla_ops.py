@@ -61,6 +61,8 @@ def scatter_pages(
     status = jnp.zeros(STATUS_SIZE, jnp.int32)
     for entry, mask in counts.items():
         status = status.at[entry].set(jnp.sum(mask, dtype=jnp.int32))
+    first_refused = jnp.argmax(wanted & ~written).astype(jnp.int32)
+    status = status.at[StatusEntry.FIRST_REFUSED].set(first_refused)
     return [_from_bytes(data, leaf) for data, leaf in zip(flat, leaves, strict=True)], status
 
 
