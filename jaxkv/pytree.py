@@ -36,20 +36,26 @@ class LeafPositions:
         """The unique leaves of ``kv_caches``; raises if they are not shaped as registered or were deleted."""
         found: dict[int, jax.Array] = {}
         for leaf, index in zip(self._flatten(kv_caches), self.unique_at, strict=True):
-            _require_same_kind(leaf, self.unique[index])
-            if not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted():
-                raise _deleted(self.unique[index].label)
-            if not _same_buffer(found.setdefault(index, leaf), leaf):
+            known = self.unique[index]
+            # Every step runs this for every leaf, so the check is made here and explained elsewhere.
+            if not isinstance(leaf, jax.Array) or leaf.shape != known.shape or leaf.dtype != known.dtype:
+                raise _other_kind(leaf, known)
+            first = found.setdefault(index, leaf)
+            if first is not leaf and not _same_buffer(first, leaf):
                 raise CacheMismatchError(
                     f"{self.unique[index]} was registered in several places as one buffer, "
                     "and now there are two; put the same array in all of them"
                 )
-        return [found[index] for index in range(len(self.unique))]
+        leaves = [found[index] for index in range(len(self.unique))]
+        self._require_alive_and_distinct(leaves)
+        return leaves
 
     def write(self, kv_caches: Mapping[str, Any], replacements: Mapping[int, jax.Array]) -> dict[str, Any]:
         """``kv_caches`` with unique leaf ``i`` replaced by ``replacements[i]`` wherever it stands."""
         for index, leaf in replacements.items():
-            _require_same_kind(leaf, self.unique[index])
+            known = self.unique[index]
+            if not isinstance(leaf, jax.Array) or leaf.shape != known.shape or leaf.dtype != known.dtype:
+                raise _other_kind(leaf, known)
         flat = [
             replacements.get(index, leaf)
             for leaf, index in zip(self._flatten(kv_caches), self.unique_at, strict=True)
@@ -57,10 +63,22 @@ class LeafPositions:
         written: dict[str, Any] = jax.tree_util.tree_unflatten(self.treedef, flat)
         return written
 
+    def _require_alive_and_distinct(self, leaves: Sequence[jax.Array]) -> None:
+        if any(issubclass(kind, jax.core.Tracer) for kind in set(map(type, leaves))):
+            return
+        for leaf, known in zip(leaves, self.unique, strict=True):
+            if leaf.is_deleted():
+                raise _deleted(known.label)
+        if len(set(map(id, leaves))) != len(leaves):
+            raise CacheMismatchError(
+                "one array stands for two cache leaves that were separate when the caches were registered; "
+                "give each leaf an array of its own"
+            )
+
     def _flatten(self, kv_caches: Mapping[str, Any]) -> list[Any]:
-        _require_layers(kv_caches, set(self.of_layer))
         flat, treedef = jax.tree_util.tree_flatten(kv_caches)
         if treedef != self.treedef:
+            _require_layers(kv_caches, set(self.of_layer))
             raise CacheMismatchError(
                 f"the cache pytree is {treedef}, but {self.treedef} was registered; "
                 "keep containers and leaf counts as they were"
@@ -172,13 +190,12 @@ def _require_layers(kv_caches: Mapping[str, Any], expected: set[str]) -> None:
     )
 
 
-def _require_same_kind(leaf: Any, known: CacheLeaf) -> None:
+def _other_kind(leaf: Any, known: CacheLeaf) -> CacheMismatchError:
     if not isinstance(leaf, jax.Array):
-        raise CacheMismatchError(f"{known.label} is a {type(leaf).__name__}; every leaf must be a jax.Array")
-    if leaf.shape != known.shape or leaf.dtype != known.dtype:
-        raise CacheMismatchError(
-            f"{_describe(leaf, known.label)} was registered as {known}; register the new caches first"
-        )
+        return CacheMismatchError(f"{known.label} is a {type(leaf).__name__}; every leaf must be a jax.Array")
+    return CacheMismatchError(
+        f"{_describe(leaf, known.label)} was registered as {known}; register the new caches first"
+    )
 
 
 def _require_one_view(leaf: CacheLeaf, known: CacheLeaf) -> None:

@@ -318,7 +318,7 @@ def test_kept_slots_stay_until_they_are_released(pool: HostPool) -> None:
 def test_a_slot_freed_during_its_transfer_comes_back_when_the_ticket_ends(pool: HostPool) -> None:
     (slot,) = pool.reserve_slots(512, 1)
     pool.pin([slot])
-    ticket = Ticket(make_status(moved=1), 1, 8, lambda: pool.unpin([slot]))
+    ticket = Ticket(make_status(moved=1), GroupId(0), np.zeros(1, np.int32), 8, lambda: pool.unpin([slot]))
     pool.free(slot)
     assert pool.used_bytes == 512
     assert ticket.wait() == ticket.wait()
@@ -347,7 +347,7 @@ def test_a_pool_closed_between_check_and_copy_fails_the_transfer_and_not_the_cac
     entries = make_entries(np.arange(3, dtype=np.int32), [0, 8, 16], canonical.groups[0], 1, 0)
     doomed.close()
     leaves, status = backend.restore(GroupId(0), canonical.group_leaves(kv_caches, GroupId(0)), entries)
-    result = Ticket(status, 3, 1, lambda: None).wait()
+    result = Ticket(status, GroupId(0), entries.block_ids, 1, lambda: None).wait()
     assert result.num_bytes == 0
     assert result.error == "blocks refused: 3 x host pool closed, unknown or of another process"
     assert_same_caches(canonical.replace(kv_caches, GroupId(0), leaves), expected)

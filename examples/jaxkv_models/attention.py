@@ -103,7 +103,7 @@ def attend(plan: AttentionPlan, cache: PageCache, q: jax.Array, scale: float) ->
 
 
 def _attend_part(plan: AttentionPlan, cache: PageCache, q: jax.Array, positions: jax.Array) -> jax.Array:
-    """Attention output, shaped like ``q`` (B, H, T, Hq / H, D), of consecutive tokens at ``positions`` (B, T)."""
+    """Attention output, shaped like ``q`` (B, H, T, Hq / H, D), of neighbours at ``positions`` (B, T)."""
     first_block, num_blocks = _blocks_seen(plan, positions)
     blocks_per_tile = max(1, TILE_TOKENS // plan.block_size)
     num_tiles = -(-jnp.max(num_blocks) // blocks_per_tile)

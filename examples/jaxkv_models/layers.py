@@ -36,7 +36,7 @@ def linear(params: Params, name: str, x: jax.Array) -> jax.Array:
     inner = (((1,), (1,)), ((), ()))
     if 1 < len(rows) <= _FEW_ROWS:
         # Without the barrier the compiler folds the transpose away by swapping the operands back.
-        y = keep(jax.lax.dot_general(weight, rows, inner)).T
+        y = _keep(jax.lax.dot_general(weight, rows, inner)).T
     else:
         y = jax.lax.dot_general(rows, weight, inner)
     y = y.reshape(*x.shape[:-1], -1)
@@ -44,7 +44,7 @@ def linear(params: Params, name: str, x: jax.Array) -> jax.Array:
     return y if bias is None else y + bias
 
 
-def keep(x: jax.Array) -> jax.Array:
+def _keep(x: jax.Array) -> jax.Array:
     """``x``, computed here and in this form: the compiler fuses or rewrites nothing across it."""
     kept: jax.Array = jax.lax.optimization_barrier(x)  # type: ignore[no-untyped-call]
     return kept
@@ -64,12 +64,16 @@ def gelu_tanh(x: jax.Array) -> jax.Array:
 def rope_angles(
     positions: jax.Array, rotary_dim: int, base: float, factor: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine (B, T, 1, rotary_dim / 2) at ``positions`` (B, T), slowed down ``factor`` times."""
+    """What :func:`apply_rope` takes at ``positions`` (B, T), whose angles are slowed down ``factor`` times.
+
+    Two factors (B, T, 1, rotary_dim), for an element and for its partner in the other half.
+    """
     exponents = np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim
     frequencies = jnp.asarray(base**-exponents / factor, jnp.float32)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    # Unless they are kept, every layer computes them anew, once for each head.
-    return keep(jnp.cos(angles)), keep(jnp.sin(angles))
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    # Joined here, they are computed once; as halves XLA would compute them again in every layer and head.
+    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
 def apply_rope(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -77,10 +81,11 @@ def apply_rope(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 
     The two halves of the rotated part form the pairs (Su et al. 2021, in GPT-NeoX order).
     """
-    cos, sin = angles
-    half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+    own, partner = angles
+    size = own.shape[-1]
+    turned, rest = x[..., :size], x[..., size:]
+    turned = turned * own + jnp.roll(turned, size // 2, axis=-1) * partner
+    return jnp.concatenate([turned, rest], axis=-1)
 
 
 def last_real_token(x: jax.Array, num_new: jax.Array) -> jax.Array:

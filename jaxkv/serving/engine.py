@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -108,6 +109,9 @@ class LLMEngine:
         self._outputs: list[RequestOutput] = []
         self._unsent_stores: KVConnectorMetadata | None = None
         self._unsent_loads: KVConnectorMetadata | None = None
+        self._untaken_results: KVConnectorOutput | None = None
+        self._broke_off = False
+        self._lost_caches = False
         self._scheduler = Scheduler(
             self._cache,
             _chunk_rules(config, cache_config),
@@ -147,7 +151,8 @@ class LLMEngine:
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request at any stage; what it had produced, or ``None`` if it is unknown or over."""
-        request = self._scheduler.finish(request_id, RequestStatus.ABORTED)
+        with hold_interrupts():
+            request = self._scheduler.finish(request_id, RequestStatus.ABORTED)
         return None if request is None else request.make_output()
 
     def abort_all(self) -> list[RequestOutput]:
@@ -171,13 +176,16 @@ class LLMEngine:
         ids: list[str] = []
         outputs: dict[str, RequestOutput] = {}
         try:
-            for prompt, prompt_params in zip(prompts, each, strict=True):
-                ids.append(self.add_request(prompt, prompt_params))
+            with hold_interrupts():
+                for prompt, prompt_params in zip(prompts, each, strict=True):
+                    ids.append(self.add_request(prompt, prompt_params))
             while not outputs.keys() >= set(ids):
                 outputs.update((output.request_id, output) for output in self.step())
         except BaseException:
-            for request_id in ids:
-                self.abort(request_id)
+            with hold_interrupts():
+                for request_id in ids:
+                    with suppress(Exception):  # it is aborted all the same; the first error is raised
+                        self.abort(request_id)
             raise
         self.flush()
         return [outputs[request_id] for request_id in ids]
@@ -196,7 +204,7 @@ class LLMEngine:
 
     def flush(self) -> None:
         """Make steps until the connector has nothing left to do. Finished outputs come with the next step."""
-        while self._scheduler.has_loose_ends:
+        while self._broke_off or self._scheduler.has_loose_ends:
             self._guarded_step()
 
     def warmup(self) -> None:
@@ -239,6 +247,8 @@ class LLMEngine:
     def _guarded_step(self) -> None:
         with hold_interrupts():
             try:
+                if self._broke_off:
+                    self._catch_up()
                 self._run_step()
             except BaseException as error:
                 self._recover(error)
@@ -246,17 +256,29 @@ class LLMEngine:
 
     def _run_step(self) -> None:
         self._num_steps += 1
-        self._send_to_worker()
         plan = self._scheduler.schedule()
         self._unsent_stores = self._unsent_loads = plan.metadata
         self._send_to_worker()
         sampled = self._forward(plan)
         self.kv_caches = dict(self.connector.wait_for_save(self.kv_caches))
-        results = self._transfer_results(plan)
+        self._untaken_results = results = self._transfer_results(plan)
+        valid = self._scheduler.update(plan, results)
+        self._untaken_results = None
         now_s = time.perf_counter()
-        for part in self._scheduler.update(plan, results):
+        for part in valid:
             token, logits = sampled[part.request.request_id]
             self._take_token(part.request, token, logits, now_s)
+
+    def _catch_up(self) -> None:
+        """Do what a step that broke off left undone, so that both sides know the same again."""
+        self._send_to_worker()
+        if self._untaken_results is not None:
+            self._scheduler.take_results(self._untaken_results)
+            self._untaken_results = None
+        if self._lost_caches:
+            self.connector.reset_cache()  # it may still plan stores of what was lost
+            self._lost_caches = False
+        self._broke_off = False
 
     def _send_to_worker(self) -> None:
         """Hand the worker side its part of the step; what breaks off here is sent with the next step."""
@@ -317,11 +339,12 @@ class LLMEngine:
         self._programs.compile(shape, self.kv_caches, batch, make_sampling_batch((), shape.rows))
 
     def _recover(self, error: BaseException) -> None:
+        self._broke_off = True
         lost = _is_lost(self.kv_caches)
         self._scheduler.restart_all(caches_lost=lost)
         if not lost:
             return
-        self.connector.reset_cache()  # it may still plan stores of what was lost
+        self._lost_caches = True
         self.kv_caches = self._model.init_caches(self.cache_config)
         if isinstance(error, Exception):
             raise DeletedCacheError(

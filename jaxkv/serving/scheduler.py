@@ -89,6 +89,7 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._loading: dict[str, _Loading] = {}
+        self._ending: deque[Request] = deque()
         self._finished_ids: set[str] = set()
         self._preempted_ids: set[str] = set()
 
@@ -125,30 +126,36 @@ class Scheduler:
         """End a request at whatever stage it is; ``None`` if no unfinished request has this id.
 
         Its blocks are free at once, unless the connector asks to keep them until a load into them has ended.
+        If the connector raises, the request is over all the same, and the next step tells the connector again.
         """
         request = self._requests.get(request_id)
         if request is None or _is_over(request):
             return None
-        tables = self.cache.all_tables(request)
         request.status = status
-        self._finished_ids.add(request_id)
+        self._ending.append(request)
         if request in self._waiting:
             self._waiting.remove(request)
         if request in self._running:
             self._running.remove(request)
-        keep = False
-        try:
-            keep, _ = self._connector.request_finished_all_groups(request, tables)
-        finally:
-            if not keep:
-                self._loading.pop(request_id, None)
-                self._drop(request)
+        self._announce_ends()
         return request
+
+    def _announce_ends(self) -> None:
+        """Tell the connector who is over, and give their blocks back."""
+        while self._ending:
+            request = self._ending[0]
+            keep, _ = self._connector.request_finished_all_groups(request, self.cache.all_tables(request))
+            self._finished_ids.add(request.request_id)
+            if not keep:
+                self._loading.pop(request.request_id, None)
+                self._drop(request)
+            self._ending.popleft()
 
     # -- one step ---------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan:
         """Decide the next step, take its blocks, and close the connector's planning."""
+        self._announce_ends()
         budget = self._prefill_budget
         chunks: list[ScheduledChunk] = []
         self._schedule_running(chunks)
@@ -181,6 +188,11 @@ class Scheduler:
             self.cache.register(part.request, part.chunk.start)
             self.cache.register(part.request, part.chunk.end)
             part.request.num_computed_tokens = part.chunk.end
+        self.take_results(results)
+        return [part for part in valid if part.samples]
+
+    def take_results(self, results: KVConnectorOutput) -> None:
+        """Take in ended transfers. To be called again with the same ``results`` if it breaks off."""
         self._connector.update_connector_output(results)
         for request_id in results.failed_recving:
             self._load_failed(request_id)
@@ -189,7 +201,6 @@ class Scheduler:
                 self._load_landed(request_id)
         for request_id in results.finished_sending:
             self._drop_if_over(request_id)
-        return [part for part in valid if part.samples]
 
     def restart_all(self, *, caches_lost: bool) -> None:
         """After a step that broke off: every request that holds blocks starts over, in its old order.
@@ -302,6 +313,8 @@ class Scheduler:
         if self._drop_if_over(request_id):
             return
         request = self._requests[request_id]
+        if request in self._waiting:
+            return
         self.cache.release(request)
         request.num_computed_tokens = 0
         request.forget_hit()
@@ -321,7 +334,7 @@ class Scheduler:
 
     def _drop(self, request: Request) -> None:
         self.cache.release(request)
-        del self._requests[request.request_id]
+        self._requests.pop(request.request_id, None)
 
     def _new_block_ids(self, chunks: Sequence[ScheduledChunk]) -> Mapping[str, BlockTables]:
         new = {part.request.request_id: self.cache.new_tables(part.request) for part in chunks}

@@ -31,8 +31,8 @@ class TransferBackend(ABC):
     """Whether a restore promises to return the buffers it was given."""
 
     @abstractmethod
-    def require_reachable(self, leaf: jax.Array) -> None:
-        """Raises :class:`CacheMismatchError` for a leaf on devices this backend does not serve."""
+    def require_reachable(self, device: jax.Device) -> None:
+        """Raises :class:`CacheMismatchError` for a device this backend does not serve."""
 
     @abstractmethod
     def offload(self, group: GroupId, leaves: Leaves, entries: Entries) -> Status:
@@ -41,16 +41,6 @@ class TransferBackend(ABC):
     @abstractmethod
     def restore(self, group: GroupId, leaves: Leaves, entries: Entries) -> tuple[list[jax.Array], Status]:
         """Start copying blocks in. Consumes ``leaves``; returns the new ones and the status to come."""
-
-
-def _only_device(leaf: jax.Array) -> jax.Device:
-    devices = leaf.sharding.device_set
-    if len(devices) != 1:
-        raise CacheMismatchError(
-            f"a cache leaf of shape {leaf.shape} is spread over {len(devices)} devices; "
-            "transfers serve caches on one device, so make one per device"
-        )
-    return next(iter(devices))
 
 
 @final
@@ -66,9 +56,8 @@ class CpuBackend(TransferBackend):
         self.read_programs = [self._make_read_program(pages) for pages in groups]
         self.write_programs = [self._make_write_program(pages) for pages in groups]
 
-    def require_reachable(self, leaf: jax.Array) -> None:
+    def require_reachable(self, device: jax.Device) -> None:
         """See :class:`TransferBackend`."""
-        device = _only_device(leaf)
         if device.platform != "cpu":
             raise CacheMismatchError(f"a cache leaf is on {device}, not on the CPU; use backend='xla'")
 
@@ -116,9 +105,8 @@ class XlaBackend(TransferBackend):
         self.read_programs = [_make_gather_program(pages) for pages in groups]
         self.write_programs = [_make_scatter_program(pages) for pages in groups]
 
-    def require_reachable(self, leaf: jax.Array) -> None:
-        """See :class:`TransferBackend`."""
-        _only_device(leaf)
+    def require_reachable(self, device: jax.Device) -> None:
+        """See :class:`TransferBackend`. JAX serves every device it has."""
 
     def offload(self, group: GroupId, leaves: Leaves, entries: Entries) -> Status:
         """See :class:`TransferBackend`. The copy is done when this returns."""

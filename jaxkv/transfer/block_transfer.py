@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jaxkv.canonical import CanonicalKVCaches, GroupPages
-from jaxkv.errors import BlockIdError, CacheMismatchError, ConfigError, NativeError
+from jaxkv.errors import CacheMismatchError, ConfigError, NativeError
 from jaxkv.host_pool import HostPool, Slot
 from jaxkv.keys import GroupId
 from jaxkv.transfer.backends import CpuBackend, TransferBackend, XlaBackend
@@ -22,10 +22,12 @@ from jaxkv.transfer.checks import (
     Entries,
     bucket_size,
     check_block_ids,
+    check_first_block,
     check_no_repeats,
     check_slots,
     check_slots_differ,
     make_entries,
+    only_device,
 )
 from jaxkv.transfer.status import make_status
 from jaxkv.transfer.ticket import Status, Ticket
@@ -89,8 +91,10 @@ class BlockTransfer:
         blocks_per_chunk: int = 1,
         backend: str = "auto",
     ) -> None:
-        if blocks_per_chunk < 1:
-            raise ConfigError(f"blocks_per_chunk must be at least 1, got {blocks_per_chunk}")
+        if not isinstance(blocks_per_chunk, int | np.integer) or blocks_per_chunk < 1:
+            raise ConfigError(
+                f"blocks_per_chunk must be a whole number of at least 1, got {blocks_per_chunk!r}"
+            )
         self.canonical = canonical
         self.pool = pool
         self.blocks_per_chunk = blocks_per_chunk
@@ -117,8 +121,7 @@ class BlockTransfer:
     def release(self, slots: Sequence[Slot]) -> None:
         """Free kept slots. Waits for nothing: a slot in a running transfer frees when that ends."""
         self.settle()
-        for slot in slots:
-            self.pool.free(slot)
+        self.pool.free_slots(slots)
 
     def offload(
         self,
@@ -139,18 +142,15 @@ class BlockTransfer:
         slots = tuple(slots)
         leaves = self._leaves(kv_caches, group)
         check_slots_differ(slots)
-        entries = self._enter(group, block_ids, slots, first_block)
-        if not entries.num_blocks:
-            return self._start(group, entries, slots, make_status())
-        with self._unpinned_on_error(slots):
-            status = self.backend.offload(group, leaves, entries)
+        with self._pinned(group, block_ids, slots, first_block) as entries:
+            status = self.backend.offload(group, leaves, entries) if entries.num_blocks else make_status()
         return self._start(group, entries, slots, status)
 
     def prefetch(self, group: GroupId, slots: Sequence[Slot]) -> Ticket:
         """Start moving slots towards the device, ahead of ``restore``; nothing to do on the host platform."""
         slots = tuple(slots)
-        no_blocks = np.zeros(0, np.int32)
-        return self._start(group, self._enter(group, no_blocks, slots, 0), slots, make_status())
+        with self._pinned(group, (), slots, 0) as entries:
+            return self._start(group, entries, slots, make_status())
 
     def restore(
         self,
@@ -168,17 +168,12 @@ class BlockTransfer:
         """
         slots = tuple(slots)
         leaves = self._leaves(kv_caches, group)
-        check_no_repeats(check_block_ids(block_ids, self._pages(group).num_blocks))
-        before = _require_distinct_buffers(leaves)
-        entries = self._enter(group, block_ids, slots, first_block)
-        if not entries.num_blocks:
-            return kv_caches, self._start(group, entries, slots, make_status())
-        with self._unpinned_on_error(slots):
-            written, status = self.backend.restore(group, leaves, entries)
-        if self.backend.restores_in_place:
-            self._count_copies(before, written)
-        restored = self.canonical.replace(kv_caches, group, written)
-        return restored, self._start(group, entries, slots, status)
+        status: Status = make_status()
+        with self._pinned(group, block_ids, slots, first_block) as entries:
+            check_no_repeats(entries.block_ids)
+            if entries.num_blocks:
+                kv_caches, status = self._write(kv_caches, group, leaves, entries)
+        return kv_caches, self._start(group, entries, slots, status)
 
     def warm_up(self, kv_caches: KVCaches, max_blocks: int) -> KVCaches:
         """Compile every program that transfers of up to ``max_blocks`` blocks need. Moves nothing.
@@ -191,8 +186,7 @@ class BlockTransfer:
                 entries = make_entries(np.full(count, -1, np.int32), (0,) * count, self._pages(group), 1, 0)
                 leaves = self._leaves(kv_caches, group)
                 self.backend.offload(group, leaves, entries)
-                written, _ = self.backend.restore(group, leaves, entries)
-                kv_caches = self.canonical.replace(kv_caches, group, written)
+                kv_caches, _ = self._write(kv_caches, group, leaves, entries)
                 count = bucket_size(count) + 1
         return kv_caches
 
@@ -213,30 +207,37 @@ class BlockTransfer:
     def _leaves(self, kv_caches: KVCaches, group: GroupId) -> list[jax.Array]:
         self._pages(group)
         leaves = self.canonical.group_leaves(kv_caches, group)
-        for leaf in leaves:
-            self.backend.require_reachable(leaf)
+        self.backend.require_reachable(only_device(leaves))
         return leaves
 
-    def _enter(
+    @contextmanager
+    def _pinned(
         self, group: GroupId, block_ids: ArrayLike, slots: Sequence[Slot], first_block: int
-    ) -> Entries:
-        """Checks ids and slots, pins the slots and makes the arrays of one program."""
+    ) -> Iterator[Entries]:
+        """Checks ids and slots, pins the slots and makes the arrays of one program. An error unpins them."""
         pages = self._pages(group)
         ids = check_block_ids(block_ids, pages.num_blocks)
-        if first_block < 0:
-            raise BlockIdError(f"first_block counts from the first chunk and cannot be {first_block}")
+        check_first_block(first_block)
         check_slots(slots, self.chunk_bytes(group), first_block + len(ids), self.blocks_per_chunk)
         self.settle()
         addresses = self.pool.pin(slots)
-        return make_entries(ids, addresses, pages, self.blocks_per_chunk, first_block)
-
-    @contextmanager
-    def _unpinned_on_error(self, slots: Sequence[Slot]) -> Iterator[None]:
         try:
-            yield
+            yield make_entries(ids, addresses, pages, self.blocks_per_chunk, first_block)
         except BaseException:
             self.pool.unpin(slots)
             raise
+
+    def _write(
+        self, kv_caches: KVCaches, group: GroupId, leaves: Sequence[jax.Array], entries: Entries
+    ) -> tuple[KVCaches, Status]:
+        try:
+            written, status = self.backend.restore(group, leaves, entries)
+        except jax.errors.JaxRuntimeError:
+            _require_distinct_buffers(leaves)
+            raise
+        if self.backend.restores_in_place:
+            self._count_copies(leaves)
+        return self.canonical.replace(kv_caches, group, written), status
 
     def _start(self, group: GroupId, entries: Entries, slots: Sequence[Slot], status: Status) -> Ticket:
         def end() -> None:
@@ -244,15 +245,16 @@ class BlockTransfer:
             with self._lock:
                 self._under_way.discard(ticket)
 
-        ticket = Ticket(status, entries.num_blocks, self._pages(group).block_bytes, end)
+        ticket = Ticket(status, group, entries.block_ids, self._pages(group).block_bytes, end)
         with self._lock:
             self._under_way.add(ticket)
         if ticket.done():
             ticket.wait()
         return ticket
 
-    def _count_copies(self, before: Sequence[int], written: Sequence[jax.Array]) -> None:
-        copied = sum(old != new.unsafe_buffer_pointer() for old, new in zip(before, written, strict=True))
+    def _count_copies(self, donated: Sequence[jax.Array]) -> None:
+        # XLA deletes what it reuses; what it had to copy stays alive.
+        copied = sum(not leaf.is_deleted() for leaf in donated)
         if not copied:
             return
         with self._lock:
@@ -282,12 +284,11 @@ def make_backend(name: str, pool: HostPool, canonical: CanonicalKVCaches) -> Tra
             raise ConfigError(f"unknown backend {name!r}; use 'auto', 'cpu', 'xla' or 'cuda'")
 
 
-def _require_distinct_buffers(leaves: Sequence[jax.Array]) -> list[int]:
-    """The address of each leaf. One buffer in two places cannot be donated twice."""
-    pointers = [leaf.unsafe_buffer_pointer() for leaf in leaves]
-    if len(set(pointers)) != len(pointers):
+def _require_distinct_buffers(leaves: Sequence[jax.Array]) -> None:
+    """Says why XLA refused to donate: two arrays may be one buffer, which it never gives away twice."""
+    pointers = {leaf.unsafe_buffer_pointer() for leaf in leaves if not leaf.is_deleted()}
+    if len(pointers) != len(leaves):
         raise CacheMismatchError(
-            "one array stands for two cache leaves that were separate when the caches were registered; "
+            "two cache leaves share one buffer, but were separate when the caches were registered; "
             "give each leaf an array of its own"
         )
-    return pointers

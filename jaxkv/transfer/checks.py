@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+import jax
 import numpy as np
 import numpy.typing as npt
 from numpy.typing import ArrayLike
 
 from jaxkv.canonical import GroupPages
-from jaxkv.errors import BlockIdError, SlotError
+from jaxkv.errors import BlockIdError, CacheMismatchError, SlotError
 from jaxkv.host_pool import ADDRESS_UNIT_BYTES, Slot
 
 _SMALLEST_BUCKET = 8
@@ -32,9 +33,28 @@ def bucket_size(count: int) -> int:
     return max(_SMALLEST_BUCKET, 1 << (count - 1).bit_length())
 
 
+def only_device(leaves: Sequence[jax.Array]) -> jax.Device:
+    """The device that holds all ``leaves``; :class:`CacheMismatchError` if there is not just one."""
+    if any(issubclass(kind, jax.core.Tracer) for kind in set(map(type, leaves))):
+        raise CacheMismatchError(
+            "a BlockTransfer moves concrete arrays and cannot be called inside jit; "
+            "use jaxkv.transfer.offload and restore there"
+        )
+    devices: set[jax.Device] = set().union(*[leaf.sharding.device_set for leaf in leaves])
+    if len(devices) != 1:
+        raise CacheMismatchError(
+            f"the cache leaves of one group are spread over {len(devices)} devices; "
+            "transfers serve caches on one device, so make one per device"
+        )
+    return devices.pop()
+
+
 def check_block_ids(block_ids: ArrayLike, num_blocks: int) -> npt.NDArray[np.int32]:
     """``block_ids`` as int32, if every one is -1 or in ``range(num_blocks)``; else :class:`BlockIdError`."""
-    ids = np.asarray(block_ids)
+    try:
+        ids = np.asarray(block_ids)
+    except (TypeError, ValueError) as error:
+        raise BlockIdError(f"block ids must be concrete whole numbers of shape (n,): {error}") from error
     if ids.size == 0:
         return np.zeros(0, np.int32)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
@@ -56,6 +76,12 @@ def check_no_repeats(block_ids: npt.NDArray[np.int32]) -> None:
     repeated = np.flatnonzero(ids[1:] == ids[:-1])
     if repeated.size:
         raise BlockIdError(f"block {ids[repeated[0]]} is named twice in one restore; name each block once")
+
+
+def check_first_block(first_block: int) -> None:
+    """Raises :class:`BlockIdError` unless ``first_block`` is a whole number, 0 or more."""
+    if not isinstance(first_block, int | np.integer) or first_block < 0:
+        raise BlockIdError(f"first_block counts from the first chunk and cannot be {first_block!r}")
 
 
 def check_slots(slots: Sequence[Slot], slot_bytes: int, num_entries: int, blocks_per_chunk: int) -> None:

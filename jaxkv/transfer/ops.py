@@ -78,7 +78,7 @@ def offload(
     ``pages.record_bytes``. The first token is ``pool.token()``. The pool is a constant of the trace.
     """
     token_out, status, *written = _pool_call(OFFLOAD, pool, leaves, pages, hands_on=True)(
-        _as_ids(block_ids, "block_ids"), _as_ids(addresses, "addresses"), _as_ids(token, "token")
+        _as_ids(block_ids, "block_ids"), _as_ids(addresses, "addresses"), _as_token(token)
     )
     return token_out, status, written
 
@@ -97,7 +97,7 @@ def restore(
     first counts.
     """
     token_out, status, *written = _pool_call(RESTORE, pool, leaves, pages, hands_on=True)(
-        _as_ids(block_ids, "block_ids"), _as_ids(addresses, "addresses"), _as_ids(token, "token")
+        _as_ids(block_ids, "block_ids"), _as_ids(addresses, "addresses"), _as_token(token)
     )
     return token_out, status, written
 
@@ -117,9 +117,7 @@ def read_blocks(
     """
     call = _pool_call(OFFLOAD, pool, leaves, pages, hands_on=False)
     status: jax.Array
-    _, status = call(
-        _as_ids(block_ids, "block_ids"), _as_ids(addresses, "addresses"), _as_ids(token, "token")
-    )
+    _, status = call(_as_ids(block_ids, "block_ids"), _as_ids(addresses, "addresses"), _as_token(token))
     return status
 
 
@@ -150,6 +148,15 @@ def _as_ids(values: ArrayLike, name: str) -> jax.Array:
     if ids.ndim != 1 or ids.dtype != jnp.int32:
         raise BlockIdError(f"{name} must be int32 of shape (n,), got {ids.dtype} of shape {ids.shape}")
     return ids
+
+
+def _as_token(token: ArrayLike) -> jax.Array:
+    values = _as_ids(token, "token")
+    if values.shape != (1,):
+        raise BlockIdError(
+            f"token must be int32 of shape (1,), got shape {values.shape}; pass pool.token() or the last token"
+        )
+    return values
 
 
 def _require_leaves(leaves: Sequence[jax.Array], pages: GroupPages) -> None:

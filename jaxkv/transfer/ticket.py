@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
+from jaxkv.keys import GroupId
 from jaxkv.transfer.status import StatusEntry, explain_refusals
 
 Status = jax.Array | npt.NDArray[np.int32]
@@ -33,11 +34,13 @@ class Ticket:
     def __init__(
         self,
         status: Status,
+        group: GroupId,
         block_ids: npt.NDArray[np.int32],
         block_bytes: int,
         on_end: Callable[[], None],
     ) -> None:
         self._status: Status | None = status
+        self._group = group
         self._block_ids = block_ids
         self._block_bytes = block_bytes
         self._on_end = on_end
@@ -54,18 +57,22 @@ class Ticket:
         with self._lock:
             if self._result is None:
                 assert self._status is not None
-                result = self._read(self._status)
+                self._result = self._read(self._status)
+                self._status = None
                 self._on_end()
-                self._result, self._status = result, None
             return self._result
 
     def _read(self, status: Status) -> TransferResult:
         try:
             counts = np.asarray(status).tolist()
         except Exception as error:  # Whatever XLA raises is how this transfer ended.
-            return TransferResult(0, 0.0, f"the program failed: {error}")
+            return TransferResult(0, 0.0, f"group {self._group}: the program failed: {error}")
         moved, wanted = counts[StatusEntry.MOVED], int(np.count_nonzero(self._block_ids >= 0))
         error_text = explain_refusals(counts, self._block_ids)
         if error_text is None and moved != wanted:
             error_text = f"{moved} blocks moved, {wanted} were asked for"
-        return TransferResult(moved * self._block_bytes, counts[StatusEntry.ELAPSED_US] * 1e-6, error_text)
+        return TransferResult(
+            moved * self._block_bytes,
+            counts[StatusEntry.ELAPSED_US] * 1e-6,
+            error_text and f"group {self._group}: {error_text}",
+        )

@@ -39,6 +39,8 @@ def scatter_pages(
     staging: jax.Array, block_ids: jax.Array, leaves: Sequence[jax.Array], pages: GroupPages
 ) -> tuple[list[jax.Array], jax.Array]:
     """As :func:`jaxkv.transfer.ops.scatter_pages`."""
+    if block_ids.shape[0] == 0:
+        return list(leaves), jnp.zeros(STATUS_SIZE, jnp.int32)
     wanted = block_ids != -1
     valid = (block_ids >= 0) & (block_ids < pages.num_blocks)
     same = block_ids[:, None] == block_ids[None, :]
