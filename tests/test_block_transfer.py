@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
-import textwrap
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -17,13 +14,6 @@ import pytest
 
 from jaxkv.canonical import CanonicalKVCaches, canonicalize
 from jaxkv.errors import (
-    BlockIdError,
-    CacheMismatchError,
-    ConfigError,
-    DeletedCacheError,
-    NativeError,
-    PoolClosedError,
-    PoolInUseError,
     SlotError,
 )
 from jaxkv.host_pool import HostPool
@@ -318,7 +308,7 @@ def test_kept_slots_stay_until_they_are_released(pool: HostPool) -> None:
 def test_a_slot_freed_during_its_transfer_comes_back_when_the_ticket_ends(pool: HostPool) -> None:
     (slot,) = pool.reserve_slots(512, 1)
     pool.pin([slot])
-    ticket = Ticket(make_status(moved=1), GroupId(0), np.zeros(1, np.int32), 8, lambda: pool.unpin([slot]))
+    ticket = Ticket(make_status(moved=1), GroupId(0), np.zeros(1, np.int32), 8, lambda _: pool.unpin([slot]))
     pool.free(slot)
     assert pool.used_bytes == 512
     assert ticket.wait() == ticket.wait()
@@ -329,14 +319,18 @@ def test_a_slot_freed_during_its_transfer_comes_back_when_the_ticket_ends(pool: 
     ("status", "error"),
     [
         (make_status(moved=2), None),
-        (make_status(moved=1, bad_address=1), "1 x record outside the pool"),
-        (make_status(moved=1), "1 blocks moved, 2 were asked for"),
+        (
+            make_status(moved=1, bad_address=1, first_refused=2),
+            "group 3: blocks refused: 1 x record outside the pool or the staging array; "
+            "the first is block_ids[2], block 5",
+        ),
+        (make_status(moved=1), "group 3: 1 blocks moved, 2 were asked for"),
     ],
 )
 def test_a_ticket_reports_bytes_and_what_was_refused(status: np.ndarray, error: str | None) -> None:
-    result = Ticket(status, 2, 100, lambda: None).wait()
+    result = Ticket(status, GroupId(3), np.array([7, -1, 5, -1], np.int32), 100, lambda _: None).wait()
     assert result.num_bytes == 100 * status[0]
-    assert result.error == error or (error is not None and error in str(result.error))
+    assert result.error == error
 
 
 def test_a_pool_closed_between_check_and_copy_fails_the_transfer_and_not_the_caches(pool: HostPool) -> None:
@@ -347,152 +341,10 @@ def test_a_pool_closed_between_check_and_copy_fails_the_transfer_and_not_the_cac
     entries = make_entries(np.arange(3, dtype=np.int32), [0, 8, 16], canonical.groups[0], 1, 0)
     doomed.close()
     leaves, status = backend.restore(GroupId(0), canonical.group_leaves(kv_caches, GroupId(0)), entries)
-    result = Ticket(status, GroupId(0), entries.block_ids, 1, lambda: None).wait()
+    result = Ticket(status, GroupId(0), entries.block_ids, 1, lambda _: None).wait()
     assert result.num_bytes == 0
-    assert result.error == "blocks refused: 3 x host pool closed, unknown or of another process"
+    assert result.error == (
+        "group 0: blocks refused: 3 x host pool closed, unknown or of another process; "
+        "the first is block_ids[0], block 0"
+    )
     assert_same_caches(canonical.replace(kv_caches, GroupId(0), leaves), expected)
-
-
-# -- bad input ------------------------------------------------------------------------------------------
-
-BAD_IDS = [
-    ([11], r"block_ids\[0\] is 11, but the group has blocks 0 to 10"),
-    ([0, -2], r"block_ids\[1\] is -2"),
-    ([2**40], r"block_ids\[0\] is 1099511627776"),
-    ([1.0], "whole numbers of shape"),
-    ([[1]], "whole numbers of shape"),
-    ([True], "whole numbers of shape"),
-]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("ids", "message"), BAD_IDS, ids=str)
-def test_bad_block_ids_raise_and_leave_everything_usable(
-    ids: Any, message: str, backend: str, pool: HostPool
-) -> None:
-    kv_caches, _, transfer = set_up(layout_case("packed_kv"), pool, backend=backend)
-    expected = numpy_copy(kv_caches)
-    with transfer.reserve(GroupId(0), 2) as slots:
-        with pytest.raises(BlockIdError, match=message):
-            transfer.offload(kv_caches, GroupId(0), ids, slots)
-        with pytest.raises(BlockIdError, match=message):
-            transfer.restore(kv_caches, GroupId(0), ids, slots)
-        assert transfer.offload(kv_caches, GroupId(0), [0, 10], slots).wait().error is None
-    assert_same_caches(kv_caches, expected)
-    assert pool.used_bytes == 0
-
-
-def test_a_block_named_twice_can_be_offloaded_but_not_restored(pool: HostPool) -> None:
-    kv_caches, _, transfer = set_up(layout_case("packed_kv"), pool)
-    with transfer.reserve(GroupId(0), 3) as slots:
-        assert transfer.offload(kv_caches, GroupId(0), [4, -1, 4], slots).wait().error is None
-        with pytest.raises(BlockIdError, match="block 4 is named twice in one restore"):
-            transfer.restore(kv_caches, GroupId(0), [4, -1, 4], slots)
-        restored, _ = transfer.restore(kv_caches, GroupId(0), [-1, -1, 4], slots)
-    assert not any(leaf.is_deleted() for leaf in jax.tree_util.tree_leaves(restored))
-
-
-def test_bad_slots_raise_before_anything_is_dispatched(pool: HostPool) -> None:
-    kv_caches, _, transfer = set_up(layout_case("packed_kv"), pool, blocks_per_chunk=2)
-    group = GroupId(0)
-    (foreign,) = pool.reserve_slots(512, 1)
-    with transfer.reserve(group, 2) as slots:
-        for slots_given, first, message in (
-            (slots[:1], 0, "3 blocks, counted .* need 2 slots of 2 blocks, got 1"),
-            (slots, 2, "5 blocks, counted .* need 3 slots of 2 blocks, got 2"),
-            ((slots[0], foreign), 0, "holds 512 bytes, a chunk of this group takes"),
-        ):
-            with pytest.raises(SlotError, match=message):
-                transfer.offload(kv_caches, group, [0, 1, 2], slots_given, first_block=first)
-            with pytest.raises(SlotError, match=message):
-                transfer.restore(kv_caches, group, [0, 1, 2], slots_given, first_block=first)
-        with pytest.raises(SlotError, match="named twice in one offload"):
-            transfer.offload(kv_caches, group, [0, 1, 2], (slots[0], slots[0]))
-        with pytest.raises(BlockIdError, match="cannot be -1"):
-            transfer.offload(kv_caches, group, [0], slots, first_block=-1)
-        stale = tuple(slots)
-    with pytest.raises(SlotError, match="was freed"):
-        transfer.restore(kv_caches, group, [0], stale)
-    pool.free(foreign)
-    assert not any(leaf.is_deleted() for leaf in jax.tree_util.tree_leaves(kv_caches))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_an_empty_transfer_is_done_at_once(backend: str, pool: HostPool) -> None:
-    kv_caches, _, transfer = set_up(layout_case("packed_kv"), pool, backend=backend)
-    assert transfer.offload(kv_caches, GroupId(0), [], ()).wait().num_bytes == 0
-    kv_caches, ticket = transfer.restore(kv_caches, GroupId(0), [], ())
-    assert (ticket.done(), ticket.wait().error) == (True, None)
-    assert transfer.prefetch(GroupId(0), ()).wait().error is None
-
-
-def test_deleted_caches_are_an_error(pool: HostPool) -> None:
-    kv_caches, _, transfer = set_up(layout_case("packed_kv"), pool)
-    with transfer.reserve(GroupId(0), 1) as slots:
-        transfer.restore(kv_caches, GroupId(0), [0], slots)
-        with pytest.raises(DeletedCacheError):
-            transfer.offload(kv_caches, GroupId(0), [0], slots)
-
-
-def test_one_array_for_two_leaves_cannot_be_restored(pool: HostPool) -> None:
-    kv_caches, canonical = many_leaves(2)
-    transfer = BlockTransfer(canonical, pool)
-    doubled = {"layers.0": kv_caches["layers.0"], "layers.1": kv_caches["layers.0"]}
-    with transfer.reserve(GroupId(0), 1) as slots, pytest.raises(CacheMismatchError):
-        transfer.restore(doubled, GroupId(0), [0], slots)
-
-
-def test_a_closed_pool_is_an_error_and_the_caches_stay(pool: HostPool) -> None:
-    kv_caches, canonical = many_leaves(1)
-    closing = HostPool(1 << 16)
-    transfer = BlockTransfer(canonical, closing)
-    slots = transfer.reserve(GroupId(0), 1).keep()
-    with pytest.raises(PoolInUseError):
-        closing.close()
-    with pytest.raises(PoolClosedError):
-        transfer.restore(kv_caches, GroupId(0), [0], slots)
-    assert not kv_caches["layers.0"].is_deleted()
-
-
-def test_options_that_cannot_work_are_errors(pool: HostPool) -> None:
-    _, canonical, transfer = set_up(layout_case("packed_kv"), pool)
-    with pytest.raises(ConfigError, match="blocks_per_chunk must be at least 1, got 0"):
-        BlockTransfer(canonical, pool, blocks_per_chunk=0)
-    with pytest.raises(ConfigError, match="unknown backend 'tpu'"):
-        BlockTransfer(canonical, pool, backend="tpu")
-    with pytest.raises(NativeError, match="no CUDA backend"):
-        BlockTransfer(canonical, pool, backend="cuda")
-    with pytest.raises(ConfigError, match="no group 7; the caches have groups 0 to 0"):
-        transfer.reserve(GroupId(7), 1)
-    with HostPool(4096) as small, pytest.raises(ConfigError, match="cannot hold one slot"):
-        BlockTransfer(canonical, small, blocks_per_chunk=100)
-
-
-def test_a_forked_child_cannot_transfer_through_its_parents_pool() -> None:
-    script = """
-        import os, warnings
-        import jax.numpy as jnp
-        from jaxkv.canonical import canonicalize
-        from jaxkv.errors import PoolForkedError
-        from jaxkv.host_pool import HostPool
-        from jaxkv.spec import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-        from jaxkv.transfer import BlockTransfer
-
-        caches = {"a": jnp.ones((4, 2, 2, 8))}
-        config = KVCacheConfig((KVCacheGroupSpec(("a",), FullAttentionSpec(2, 1, 8, jnp.float32), 4),))
-        pool = HostPool(1 << 16)
-        transfer = BlockTransfer(canonicalize(caches, config), pool)
-        slots = transfer.reserve(0, 1).keep()
-        transfer.offload(caches, 0, [1], slots).wait()
-        warnings.simplefilter("ignore")
-        child = os.fork()
-        if child == 0:
-            try:
-                transfer.offload(caches, 0, [2], slots)
-            except PoolForkedError:
-                os._exit(0)
-            os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        assert transfer.offload(caches, 0, [2], slots).wait().error is None
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120)

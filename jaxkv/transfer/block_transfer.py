@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, final, overload
 
@@ -150,7 +151,8 @@ class BlockTransfer:
         """Start moving slots towards the device, ahead of ``restore``; nothing to do on the host platform."""
         slots = tuple(slots)
         with self._pinned(group, (), slots, 0) as entries:
-            return self._start(group, entries, slots, make_status())
+            pass  # On the host platform the slots are where they will be read.
+        return self._start(group, entries, slots, make_status())
 
     def restore(
         self,
@@ -240,17 +242,18 @@ class BlockTransfer:
         return self.canonical.replace(kv_caches, group, written), status
 
     def _start(self, group: GroupId, entries: Entries, slots: Sequence[Slot], status: Status) -> Ticket:
-        def end() -> None:
-            self.pool.unpin(slots)
-            with self._lock:
-                self._under_way.discard(ticket)
-
-        ticket = Ticket(status, group, entries.block_ids, self._pages(group).block_bytes, end)
+        block_bytes = self._pages(group).block_bytes
+        ticket = Ticket(status, group, entries.block_ids, block_bytes, partial(self._end, slots))
         with self._lock:
             self._under_way.add(ticket)
         if ticket.done():
             ticket.wait()
         return ticket
+
+    def _end(self, slots: Sequence[Slot], ticket: Ticket) -> None:
+        self.pool.unpin(slots)
+        with self._lock:
+            self._under_way.discard(ticket)
 
     def _count_copies(self, donated: Sequence[jax.Array]) -> None:
         # XLA deletes what it reuses; what it had to copy stays alive.

@@ -37,7 +37,7 @@ class Ticket:
         group: GroupId,
         block_ids: npt.NDArray[np.int32],
         block_bytes: int,
-        on_end: Callable[[], None],
+        on_end: Callable[[Ticket], None],
     ) -> None:
         self._status: Status | None = status
         self._group = group
@@ -59,7 +59,7 @@ class Ticket:
                 assert self._status is not None
                 self._result = self._read(self._status)
                 self._status = None
-                self._on_end()
+                self._on_end(self)
             return self._result
 
     def _read(self, status: Status) -> TransferResult:
