@@ -99,10 +99,10 @@ class DictManager(OffloadingManager):
     def complete_store(self, keys: Collection[OffloadKey], ctx: ReqContext, *, success: bool = True) -> None:
         """See :class:`OffloadingManager`."""
         for key in keys:
-            if not success:
-                self._drop(key)
-            elif key in self._held:
+            if success and key in self._held:
                 self._held[key] = True
+            else:
+                self._drop(key)
 
     def reset_cache(self) -> None:
         """See :class:`OffloadingManager`."""
@@ -129,12 +129,15 @@ class DictWorker(OffloadingWorker):
     def submit_store(self, job: TransferJob, kv_caches: Any) -> None:
         """See :class:`OffloadingWorker`."""
         start_s, num_bytes, error = time.perf_counter(), 0, None
-        for key, group, blocks in _chunks(job, self._transfer.blocks_per_chunk):
-            with self._transfer.reserve(group, 1) as slots:
-                result = self._transfer.offload(kv_caches, group, blocks, slots).wait()
-                with self._transfer.pool.view(slots[0]) as view:
-                    self._data[key] = zlib.compress(view, level=1)
-            num_bytes, error = num_bytes + result.num_bytes, error or result.error
+        try:
+            for key, group, blocks in _chunks(job, self._transfer.blocks_per_chunk):
+                with self._transfer.reserve(group, 1) as slots:
+                    result = self._transfer.offload(kv_caches, group, blocks, slots).wait()
+                    with self._transfer.pool.view(slots[0]) as view:
+                        self._data[key] = zlib.compress(view, level=1)
+                num_bytes, error = num_bytes + result.num_bytes, error or result.error
+        except JaxKVError as failed:
+            error = str(failed)
         self._ended.append(JobResult(job.job_id, num_bytes, time.perf_counter() - start_s, error))
 
     def submit_load(self, job: TransferJob, kv_caches: Any) -> Any:
@@ -148,8 +151,8 @@ class DictWorker(OffloadingWorker):
                     kv_caches, ticket = self._transfer.restore(kv_caches, group, blocks, slots)
                     result = ticket.wait()
                 num_bytes, error = num_bytes + result.num_bytes, error or result.error
-        except (JaxKVError, zlib.error) as failed:
-            error = str(failed)
+        except (JaxKVError, KeyError, zlib.error) as failed:  # KeyError: dropped by a reset on its way
+            error = repr(failed)
         self._ended.append(JobResult(job.job_id, num_bytes, time.perf_counter() - start_s, error))
         return kv_caches
 

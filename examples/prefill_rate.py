@@ -17,13 +17,13 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, final
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 from jaxkv_models.gemma3 import Gemma3
 from jaxkv_models.weights import load_model
@@ -167,7 +167,7 @@ def machine() -> dict[str, Any]:
         "device": str(jax.devices()[0]),
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": version("jaxlib"),
     }
 
 
@@ -188,8 +188,8 @@ def report(result: dict[str, Any]) -> str:
             f"= {result['prefill_to_plain']:.2f} of plain",
             f"  attention counted too {result['prefill_with_attention_gflops_per_s']:26.1f} GFLOP/s "
             f"= {result['prefill_with_attention_to_plain']:.2f} of plain",
-            f"host pool, TTFT  {times('restore_ttft_s')}  {result['recompute_to_restore_ttft']:.1f} times shorter, "
-            f"{result['computed_tokens_after_restore']} tokens computed",
+            f"host pool, TTFT  {times('restore_ttft_s')}  {result['recompute_to_restore_ttft']:.1f} times "
+            f"shorter, {result['computed_tokens_after_restore']} tokens computed",
         )
     )
 

@@ -346,6 +346,6 @@ def _require_capacity(capacity_bytes: int) -> None:
     available = available_memory_bytes()
     if capacity_bytes > available:
         raise ConfigError(
-            f"a host pool of {capacity_bytes} bytes is more than the {available} bytes of memory this process "
-            "can still get; give it less than that, or free memory first"
+            f"a host pool of {capacity_bytes} bytes is more than the {available} bytes of memory this "
+            "process can still get; give it less than that, or free memory first"
         )

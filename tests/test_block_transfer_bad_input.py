@@ -163,7 +163,7 @@ def test_two_arrays_of_one_buffer_cannot_be_restored_and_stay(pool: HostPool) ->
 def test_a_transfer_inside_jit_says_to_use_the_ops(backend: str, pool: HostPool) -> None:
     kv_caches, _, transfer = set_up("packed_kv", pool, backend=backend)
     with transfer.reserve(GroupId(0), 1) as slots:
-        with pytest.raises(CacheMismatchError, match="cannot be called inside jit; use jaxkv.transfer"):
+        with pytest.raises(CacheMismatchError, match=r"cannot be called inside jit; use jaxkv\.transfer"):
             jax.jit(lambda tree: transfer.restore(tree, GroupId(0), [0], slots)[0])(kv_caches)
         with pytest.raises(BlockIdError, match="must be concrete"):
             jax.jit(lambda ids: transfer.offload(kv_caches, GroupId(0), ids, slots))(jnp.zeros(1, jnp.int32))
@@ -172,9 +172,9 @@ def test_a_transfer_inside_jit_says_to_use_the_ops(backend: str, pool: HostPool)
 @pytest.mark.parametrize("first_block", [1.0, "1", None, -1], ids=repr)
 def test_a_first_block_that_is_none_is_an_error_and_pins_nothing(first_block: Any, pool: HostPool) -> None:
     kv_caches, _, transfer = set_up("packed_kv", pool, blocks_per_chunk=2)
-    with transfer.reserve(GroupId(0), 1) as slots:
-        with pytest.raises(BlockIdError, match=f"cannot be {first_block!r}"):
-            transfer.offload(kv_caches, GroupId(0), [0], slots, first_block=first_block)
+    message = f"cannot be {first_block!r}"
+    with transfer.reserve(GroupId(0), 1) as slots, pytest.raises(BlockIdError, match=message):
+        transfer.offload(kv_caches, GroupId(0), [0], slots, first_block=first_block)
     assert pool.used_bytes == 0
 
 
@@ -219,7 +219,7 @@ def test_options_that_cannot_work_are_errors(pool: HostPool) -> None:
     _, canonical, transfer = set_up("packed_kv", pool)
     with pytest.raises(ConfigError, match="whole number of at least 1, got 0"):
         BlockTransfer(canonical, pool, blocks_per_chunk=0)
-    with pytest.raises(ConfigError, match="whole number of at least 1, got 1.5"):
+    with pytest.raises(ConfigError, match=r"whole number of at least 1, got 1\.5"):
         BlockTransfer(canonical, pool, blocks_per_chunk=1.5)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="unknown backend 'tpu'"):
         BlockTransfer(canonical, pool, backend="tpu")

@@ -66,7 +66,16 @@ def test_window_chunk_keeps_only_blocks_a_later_token_can_read():
     tables = [list(range(12)), list(range(20, 32)), [30, 31, 32, 33]]
     plan = plan_stores(caches, view(tables, 32, 48))
     assert stored(plan)[ChunkId(WINDOW, 1)] == (-1, 25, 26, 27)
-    assert stored(plan)[ChunkId(WINDOW, 2)] == (28, 29, 30, 31)
+    assert stored(plan)[ChunkId(WINDOW, 2)] == (-1, 29, 30, 31)
+
+
+def test_window_chunk_of_which_a_needed_block_was_given_back_is_not_stored():
+    """A chunk refused at 32 tokens and offered again at 40: block 5, which a hit of 32 tokens reads, is gone."""
+    caches = ChunkedCaches(hybrid_config(), 4)
+    tables = [list(range(12)), list(range(20, 32)), [30, 31, 32, 33]]
+    plan = plan_stores(caches, view(tables, 36, 40, next_chunk=(2, 1, 1)))
+    assert stored(plan) == {}
+    assert plan.skipped[ChunkId(WINDOW, 1)] is SkipReason.RELEASED
 
 
 def test_state_chunk_of_several_blocks_is_its_last_state():

@@ -177,3 +177,28 @@ def test_a_loaded_request_may_go_on_with_a_smaller_chunk_than_was_planned(kinds)
     engine.flush()
     assert connector.loaded_pages > 0
     assert_all_blocks_are_free(engine)
+
+
+def test_a_running_request_short_of_blocks_waits_for_a_load_and_is_not_preempted_for_it():
+    kinds = ("full", "state")
+    engine, _ = make_engine(kinds, load_steps=6, blocks={"full": 60, "state": 3})
+    elder, younger = random_prompt(0, 30), random_prompt(1, 30)
+    expect(engine, [elder, younger])
+    engine.reset_prefix_cache()
+    params = SamplingParams(max_new_tokens=12)
+    ids = [engine.add_request(elder, params)]
+    while engine.stats.num_steps < 1000 and not engine._scheduler._running:
+        engine.step()
+    ids.append(engine.add_request(younger, params))
+    preempted, outputs = [], []
+    while engine.has_unfinished_requests:
+        outputs += engine.step()
+        preempted += [request.request_id for request in engine._scheduler._waiting]
+        assert engine.stats.num_steps < 1000, "two requests keep taking each other's blocks"
+    assert set(preempted) == {ids[1]}
+    assert [output.request_id for output in outputs] == ids
+    assert [output.output_ids for output in outputs] == [
+        oracle_tokens(prompt, 12, kinds) for prompt in (elder, younger)
+    ]
+    engine.flush()
+    assert_all_blocks_are_free(engine)

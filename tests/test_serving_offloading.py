@@ -120,3 +120,41 @@ def test_what_a_broken_step_did_not_compute_is_not_stored(monkeypatch):
     # Whatever of the broken step had been stored would come back now, and change the tokens.
     assert expect(engine, [prompt])[0].metrics.host_hit_tokens == 56
     close(engine)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "get_num_new_matched_tokens",
+        "update_state_after_alloc",
+        "build_connector_meta",
+        "handle_preemptions",
+        "start_load_kv",
+        "get_transfer_results",
+        "update_connector_output",
+        "request_finished_all_groups",
+    ],
+)
+def test_a_step_that_breaks_off_leaves_no_job_or_request_in_the_connector(name, monkeypatch):
+    engine = make_engine(offload_prompt_only=False)
+    prompts = [random_prompt(seed, 50) for seed in range(3)]
+    expect(engine, prompts)
+    original = getattr(engine.connector, name)
+    for calls_before in range(3):
+        engine.reset_prefix_cache()
+        calls = iter([original] * calls_before + [lambda *_: 1 / 0])
+        monkeypatch.setattr(engine.connector, name, lambda *args, c=calls: next(c, original)(*args))
+        for prompt in prompts:
+            engine.add_request(prompt, SamplingParams(max_new_tokens=3))
+        outputs, failures = [], 0
+        for _ in range(200):
+            try:
+                outputs += engine.step()
+            except ZeroDivisionError:
+                failures += 1
+        assert failures == 1
+        assert sorted(output.output_ids for output in outputs) == sorted(
+            oracle_tokens(prompt, 3) for prompt in prompts
+        )
+        assert engine.connector.leaks() == []
+    close(engine)

@@ -119,7 +119,7 @@ class OffloadingScheduler:
         for position in self._caches.blocks(chunk):
             block = table[position] if position < len(table) else None
             on_device = (position + 1) * group.block_size <= hit.known_tokens
-            if on_device or position not in payload or (block is None and position < first_needed):
+            if on_device or position not in payload or position < first_needed:
                 targets.append(-1)
             elif block is None:
                 raise RequestError(

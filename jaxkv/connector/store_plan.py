@@ -105,16 +105,18 @@ def _readable_blocks(caches: ChunkedCaches, view: StoreView, chunk: ChunkId) -> 
     table = view.tables[chunk.group]
     payload = caches.payload_blocks(chunk)
     first_held = first_needed_block(spec, view.previous_tokens)
+    # The first boundary that reads the chunk is its own end; what lies behind the window there, none reads.
+    first_wanted = first_needed_block(spec, caches.end_tokens(chunk))
     block_ids: list[int] = []
     for position in caches.blocks(chunk):
         block = table[position] if position < len(table) else None
-        if position not in payload or position < first_held:
+        if position not in payload or position < first_wanted:
             block_ids.append(-1)
-        elif block is None:
+        elif block is None or position < first_held:
             return SkipReason.RELEASED
         else:
             block_ids.append(block)
-    return tuple(block_ids) if any(block >= 0 for block in block_ids) else SkipReason.RELEASED
+    return tuple(block_ids)
 
 
 def _state_stands_at(view: StoreView, boundary_tokens: int) -> bool:

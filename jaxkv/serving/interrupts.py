@@ -11,7 +11,7 @@ from types import FrameType
 
 @contextmanager
 def hold_interrupts() -> Iterator[None]:
-    """Raise a Ctrl-C that arrives in the block at its end; a second one is raised at once.
+    """Raise a Ctrl-C that arrives in the block at its end, even if it fails; a second one is raised at once.
 
     Does nothing outside the main thread, or where the program handles SIGINT in its own way.
     """
@@ -32,5 +32,5 @@ def hold_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if pending:
-        raise KeyboardInterrupt
+        if pending:
+            raise KeyboardInterrupt

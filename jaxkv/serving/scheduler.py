@@ -158,9 +158,9 @@ class Scheduler:
         self._announce_ends()
         budget = self._prefill_budget
         chunks: list[ScheduledChunk] = []
-        self._schedule_running(chunks)
+        nobody_waits = self._schedule_running(chunks)
         budget -= _prefill_tokens(chunks)
-        if not self._preempted_ids:
+        if nobody_waits and not self._preempted_ids:
             self._admit_waiting(chunks, budget)
         output = SchedulerOutput(
             num_scheduled_tokens={part.request.request_id: part.chunk.num_new for part in chunks},
@@ -225,7 +225,9 @@ class Scheduler:
 
     # -- running requests -------------------------------------------------------------------------------
 
-    def _schedule_running(self, chunks: list[ScheduledChunk]) -> None:
+    def _schedule_running(self, chunks: list[ScheduledChunk]) -> bool:
+        """Schedule who is running, eldest first; whether none of them was left waiting for blocks."""
+        nobody_waits = True
         index = 0
         while index < len(self._running):
             request = self._running[index]
@@ -233,11 +235,22 @@ class Scheduler:
             chunk = next((choice for choice in choices if self.cache.extend(request, choice)), None)
             if chunk is not None:
                 chunks.append(_scheduled(request, chunk))
-            elif choices and not self._connector.has_pending_block_frees():
-                # Out of blocks. Whoever was admitted last gives way; all behind ``index`` are unscheduled.
-                self._preempt(self._running[-1])
-                continue
+            elif choices:
+                nobody_waits = False
+                if not self._must_wait_for_load(request):
+                    # Whoever was admitted last gives way; all behind ``index`` are unscheduled.
+                    self._preempt(self._running[-1])
+                    continue
             index += 1
+        return nobody_waits
+
+    def _must_wait_for_load(self, request: Request) -> bool:
+        """Whether a load will free blocks, or its request can give way once it has landed.
+
+        Giving way itself would not help ``request``: two requests could go on loading in each other's place.
+        """
+        is_last = request is self._running[-1]
+        return self._connector.has_pending_block_frees() or (is_last and bool(self._loading))
 
     def _preempt(self, request: Request) -> None:
         self.cache.release(request)

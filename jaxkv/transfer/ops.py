@@ -6,7 +6,7 @@ dropped, merged or moved out of a loop. So each takes a token and returns one: p
 one from the jitted function. ``offload`` also returns its leaves; go on with those.
 
 None of them fails for what ids or addresses say: entries that are wrong are skipped and counted in the
-status.
+status. They move bytes, so ``grad`` and ``vmap`` do not apply to them: JAX refuses both when it traces.
 """
 
 from __future__ import annotations
@@ -154,7 +154,8 @@ def _as_token(token: ArrayLike) -> jax.Array:
     values = _as_ids(token, "token")
     if values.shape != (1,):
         raise BlockIdError(
-            f"token must be int32 of shape (1,), got shape {values.shape}; pass pool.token() or the last token"
+            f"token must be int32 of shape (1,), got shape {values.shape}; "
+            "pass pool.token(), or the token of the op before"
         )
     return values
 

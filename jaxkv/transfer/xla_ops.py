@@ -30,7 +30,7 @@ def gather_pages(leaves: Sequence[jax.Array], block_ids: jax.Array, pages: Group
         leaf = flat[pages.leaves.index(placement.leaf)]
         units = _UnitView(placement.plan, leaf.size)
         rows = leaf.reshape(-1, units.unit)
-        page = rows[units.leaf_rows(blocks)].reshape(block_ids.shape[0], -1)
+        page = rows[units.leaf_rows(blocks)].reshape(block_ids.shape[0], placement.plan.page_bytes)
         staging = staging.at[:, units.record_bytes()].set(page)
     return jnp.where(valid[:, None], staging, 0)
 
