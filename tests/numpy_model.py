@@ -90,8 +90,8 @@ class NumpyPrograms:
     def __init__(self, model):
         self.model = model
 
-    def compile(self, *_):
-        pass
+    def __contains__(self, shape):
+        return True
 
     def fill(self, shape: StepShape, kv_caches, batch):
         return self._step(kv_caches, batch)[1]

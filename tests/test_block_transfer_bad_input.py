@@ -258,7 +258,7 @@ def test_a_forked_child_cannot_transfer_through_its_parents_pool() -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert transfer.offload(caches, 0, [2], slots).wait().error is None
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-P", "-c", textwrap.dedent(script)], check=True, timeout=120)
 
 
 def test_leaves_of_one_group_on_two_devices_are_an_error() -> None:
@@ -284,4 +284,4 @@ def test_leaves_of_one_group_on_two_devices_are_an_error() -> None:
             assert moved["a"].device == second
     """
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120, env=environment)
+    subprocess.run([sys.executable, "-P", "-c", textwrap.dedent(script)], check=True, timeout=120, env=environment)

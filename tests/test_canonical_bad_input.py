@@ -332,7 +332,7 @@ def test_leaves_on_several_devices_are_refused():
     # Two CPU devices exist only in a process that asked for them before JAX started.
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     done = subprocess.run(
-        [sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, check=True
+        [sys.executable, "-P", "-c", SHARDED], env=env, capture_output=True, text=True, check=True
     )
     lines = done.stdout.splitlines()
     assert len(lines) == 2

@@ -70,7 +70,7 @@ def test_window_chunk_keeps_only_blocks_a_later_token_can_read():
 
 
 def test_window_chunk_of_which_a_needed_block_was_given_back_is_not_stored():
-    """A chunk refused at 32 tokens and offered again at 40: block 5, which a hit of 32 tokens reads, is gone."""
+    """Refused at 32 tokens and offered again at 40, when block 5, which a hit of 32 reads, is gone."""
     caches = ChunkedCaches(hybrid_config(), 4)
     tables = [list(range(12)), list(range(20, 32)), [30, 31, 32, 33]]
     plan = plan_stores(caches, view(tables, 36, 40, next_chunk=(2, 1, 1)))

@@ -1,16 +1,16 @@
 """Random workloads under the real connector: tokens of the oracle, no leak, no deadlock, whatever happens.
 
 Each seed draws groups, block sizes, pools, requests and what befalls them: aborts, preemption, resets, slow,
-reordered and failed transfers, steps that break off. ``python tests/test_fuzz_serving.py FIRST LAST`` runs more.
+reordered and failed transfers, steps that break off.
+``JAXKV_FUZZ_FIRST=60 JAXKV_FUZZ_SEEDS=3000 pytest -n auto tests/test_fuzz_serving.py`` runs other seeds.
 """
 
 from __future__ import annotations
 
+import os
 import random
-import sys
 from contextlib import suppress
 
-import numpy as np
 import pytest
 from numpy_model import Layer, NumpyModel, NumpyPrograms, oracle_output
 from toy_model import VOCAB
@@ -48,7 +48,6 @@ class Fuzzer:
 
     def __init__(self, seed: int, *, real: bool) -> None:
         self.draw = random.Random(seed)
-        self.verbose = "-v" in sys.argv
         layers, num_blocks = _draw_real_groups(self.draw) if real else _draw_groups(self.draw)
         self.layers = layers
         model = NumpyModel(layers, MAX_LEN, on_device=real)
@@ -150,14 +149,11 @@ class Fuzzer:
 
     def break_next_call(self):
         name = self.draw.choice(BREAKABLE)
-        original = getattr(self.connector, name)
 
         def broken(*args):
             delattr(self.connector, name)
-            if self.verbose: print("BREAK", name)
             raise self.draw.choice([Planned, KeyboardInterrupt])
 
-        assert original
         setattr(self.connector, name, broken)
 
     def step(self):
@@ -245,30 +241,21 @@ def _draw_real_groups(draw):
     return draw.choice(REAL_GROUPS)
 
 
-@pytest.mark.parametrize("block", range(6))
-def test_random_workloads_over_a_slow_and_failing_backend_give_the_oracles_tokens(block):
-    for seed in range(block * 12, block * 12 + 12):
-        Fuzzer(seed, real=False).run()
+FIRST_SEED = int(os.environ.get("JAXKV_FUZZ_FIRST", "0"))
+NUM_SEEDS = int(os.environ.get("JAXKV_FUZZ_SEEDS", "60"))
 
 
-@pytest.mark.parametrize("block", range(3))
-def test_random_workloads_over_the_host_pool_give_the_oracles_tokens(block):
-    for seed in range(block * 4, block * 4 + 4):
-        Fuzzer(seed, real=True).run()
+@pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + NUM_SEEDS))
+def test_random_workloads_over_a_slow_and_failing_backend_give_the_oracles_tokens(seed):
+    Fuzzer(seed, real=False).run()
 
 
-if __name__ == "__main__":
-    import traceback
+@pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + NUM_SEEDS // 5))
+def test_random_workloads_over_the_host_pool_give_the_oracles_tokens(seed):
+    Fuzzer(seed, real=True).run()
 
-    first, last = map(int, sys.argv[1:3])
-    real = "real" in sys.argv[3:]
-    for number in range(first, last):
-        try:
-            Fuzzer(number, real=real).run()
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) and not isinstance(error, AssertionError):
-                raise
-            print(f"seed {number}: {type(error).__name__}: {error}")
-            if "-v" in sys.argv:
-                traceback.print_exc()
-    assert np
+
+# Seeds that once showed a defect no other test showed as it was found.
+@pytest.mark.parametrize("seed", [65, 356, 366, 439, 779, 1111, 1152])
+def test_workloads_that_once_went_wrong_give_the_oracles_tokens(seed):
+    Fuzzer(seed, real=False).run()

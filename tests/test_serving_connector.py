@@ -202,3 +202,16 @@ def test_a_running_request_short_of_blocks_waits_for_a_load_and_is_not_preempted
     ]
     engine.flush()
     assert_all_blocks_are_free(engine)
+
+
+@pytest.mark.parametrize("fail_loads", [0, 1])
+def test_results_of_transfers_may_be_taken_twice(monkeypatch, fail_loads):
+    engine, connector = make_engine(load_steps=1)
+    prompts = [random_prompt(seed, 50) for seed in range(2)]
+    expect(engine, prompts)
+    engine.reset_prefix_cache()
+    connector.fail_loads = fail_loads
+    once = engine._scheduler.take_results
+    monkeypatch.setattr(engine._scheduler, "take_results", lambda results: (once(results), once(results)))
+    expect(engine, prompts)
+    assert_all_blocks_are_free(engine)

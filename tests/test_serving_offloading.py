@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import numpy as np
 import pytest
 from toy_model import ToyModel, make_config, oracle_tokens, random_prompt, share_programs
 
 from jaxkv.connector import OffloadingConfig, OffloadingConnector
+from jaxkv.connector.lookup import Deferral
+from jaxkv.offload import LookupResult
 from jaxkv.serving import EngineConfig, LLMEngine, SamplingParams
 
 ALL = ("full", "window", "state")
@@ -157,4 +162,37 @@ def test_a_step_that_breaks_off_leaves_no_job_or_request_in_the_connector(name, 
             oracle_tokens(prompt, 3) for prompt in prompts
         )
         assert engine.connector.leaks() == []
+    close(engine)
+
+
+def test_a_backend_that_never_answers_a_lookup_costs_time_and_no_request(monkeypatch):
+    monkeypatch.setattr("jaxkv.connector.scheduler.MAX_RETRY_S", 0.0)
+    engine = make_engine()
+    manager = engine.connector._spec.get_manager()
+    prompt = random_prompt(0, 50)
+    expect(engine, [prompt])
+    engine.reset_prefix_cache()
+    monkeypatch.setattr(manager, "lookup", lambda *_: LookupResult.RETRY)
+    assert expect(engine, [prompt])[0].metrics.computed_tokens == 50
+    assert engine.connector.get_stats().deferred[Deferral.RETRY] > 0
+    close(engine)
+
+
+@pytest.mark.parametrize("name", ["on_new_request", "request_finished_all_groups"])
+def test_ctrl_c_while_requests_are_added_or_aborted_leaves_none_behind(monkeypatch, name):
+    engine = make_engine()
+    original = getattr(engine.connector, name)
+
+    def interrupted(*args):
+        monkeypatch.setattr(engine.connector, name, original)
+        answer = original(*args)
+        os.kill(os.getpid(), signal.SIGINT)
+        return answer
+
+    monkeypatch.setattr(engine.connector, name, interrupted)
+    monkeypatch.setattr(engine._programs, "fill", lambda *_: 1 / 0)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([random_prompt(seed, 30) for seed in range(3)], SamplingParams())
+    monkeypatch.undo()
+    assert not engine.has_unfinished_requests
     close(engine)

@@ -81,7 +81,10 @@ class Promise:
 @final
 @dataclass(slots=True)
 class RequestState:
-    """One request that has not finished, or whose load has not landed."""
+    """One request that has not finished, or whose load has not landed.
+
+    ``retry_until_s`` is when, on the monotonic clock, it stops waiting for a backend that answers RETRY.
+    """
 
     request: Request
     ctx: ReqContext
@@ -90,3 +93,4 @@ class RequestState:
     load: JobId | None = None
     tenure: Tenure | None = None
     finished: bool = False
+    retry_until_s: float | None = None

@@ -8,7 +8,8 @@ planned step k+1 still hold their old bytes in those arrays, so nothing has to b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import final
 
 from jaxkv.connector.base import KVConnectorOutput
@@ -23,8 +24,11 @@ from jaxkv.connector.request_state import Promise, RequestState, Tenure
 from jaxkv.connector.stores import StorePlanner
 from jaxkv.errors import RequestError
 from jaxkv.hits import first_needed_block
-from jaxkv.keys import GroupId, JobId
-from jaxkv.offload.base import JobResult, OffloadingManager, ReqContext, TransferJob
+from jaxkv.keys import GroupId, JobId, OffloadKey
+from jaxkv.offload.base import JobResult, LookupResult, OffloadingManager, ReqContext, TransferJob
+
+MAX_RETRY_S = 10.0
+"""How long a request lets a backend answer RETRY; after that it computes what it could not look up."""
 
 
 @final
@@ -73,9 +77,11 @@ class OffloadingScheduler:
             request.block_hashes,
             num_computed_tokens,
             request.num_tokens - 1,
-            lambda key: self._manager.lookup(key, state.ctx),
+            self._lookup(state),
         )
         if isinstance(found, Deferral):
+            if found is Deferral.RETRY and state.retry_until_s is None:
+                state.retry_until_s = time.monotonic() + MAX_RETRY_S
             self._metrics.deferred(found)
             return None, False
         state.device_hit_tokens = num_computed_tokens
@@ -83,6 +89,15 @@ class OffloadingScheduler:
             return 0, False
         state.promise = Promise(found, self._manager.prepare_load(found.keys, state.ctx))
         return found.boundary_tokens - found.known_tokens, True
+
+    def _lookup(self, state: RequestState) -> Callable[[OffloadKey], LookupResult]:
+        gave_up = state.retry_until_s is not None and time.monotonic() > state.retry_until_s
+
+        def lookup(key: OffloadKey) -> LookupResult:
+            answer = self._manager.lookup(key, state.ctx)
+            return LookupResult.MISS if gave_up and answer is LookupResult.RETRY else answer
+
+        return lookup
 
     def update_state_after_alloc(
         self, request: Request, blocks: BlockTables, num_external_tokens: int
@@ -143,6 +158,7 @@ class OffloadingScheduler:
         # A loop may find all tokens on the device; it computes the last one again, for its logits.
         start = min(start, state.request.num_tokens - 1)
         tables = [list(table) for table in blocks]
+        state.retry_until_s = None
         state.tenure = Tenure(state.request, state.ctx, tables, start, start, next_chunk=[0] * len(tables))
 
     # -- one step ---------------------------------------------------------------------------------------

@@ -19,7 +19,11 @@ from jaxkv.keys import GroupId, JobId, OffloadKey
 
 
 class LookupResult(Enum):
-    """What a backend knows of one key (vLLM: ``LookupResult``)."""
+    """What a backend knows of one key (vLLM: ``LookupResult``).
+
+    ``HIT_PENDING`` is a chunk that is being written, ``RETRY`` no answer yet: the request asks again in the
+    next step, but not for ever.
+    """
 
     MISS = auto()
     HIT = auto()

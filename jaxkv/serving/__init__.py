@@ -1,7 +1,8 @@
 """A small, real serving loop over paged hybrid caches."""
 
 from jaxkv.serving.build import build_engine
-from jaxkv.serving.engine import EngineConfig, EngineStats, LLMEngine
+from jaxkv.serving.config import EngineConfig, EngineStats
+from jaxkv.serving.engine import LLMEngine
 from jaxkv.serving.model import KVCaches, Model, StepBatch
 from jaxkv.serving.request import (
     Request,

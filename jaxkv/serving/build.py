@@ -9,7 +9,8 @@ from jax.typing import DTypeLike
 
 from jaxkv.connector import OffloadingConfig, OffloadingConnector
 from jaxkv.layout import LayoutHint
-from jaxkv.serving.engine import EngineConfig, LLMEngine
+from jaxkv.serving.config import EngineConfig
+from jaxkv.serving.engine import LLMEngine
 from jaxkv.serving.model import Model
 from jaxkv.serving.sizing import divide_device_bytes
 

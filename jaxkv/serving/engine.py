@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, final
 
 import jax
@@ -14,66 +14,20 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxkv.connector.base import KVConnectorBase, KVConnectorMetadata, KVConnectorOutput
-from jaxkv.errors import ConfigError, DeletedCacheError, RequestError
+from jaxkv.errors import DeletedCacheError, RequestError
 from jaxkv.keys import chain_root
 from jaxkv.serving.batch import make_sampling_batch, make_step_batch
 from jaxkv.serving.cache_manager import CacheManager
 from jaxkv.serving.chunking import ChunkRules
+from jaxkv.serving.config import EngineConfig, EngineStats
 from jaxkv.serving.interrupts import hold_interrupts
 from jaxkv.serving.model import KVCaches, Model
 from jaxkv.serving.no_connector import NoConnector
 from jaxkv.serving.programs import StepPrograms, StepShape
 from jaxkv.serving.request import Request, RequestOutput, RequestStatus, SamplingParams
 from jaxkv.serving.scheduler import ScheduledChunk, Scheduler, StepPlan
-from jaxkv.serving.sizing import DEFAULT_PREFILL_SHAPES, blocks_to_serve
+from jaxkv.serving.sizing import blocks_to_serve
 from jaxkv.spec import KVCacheConfig, MambaSpec
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """Options of the loop.
-
-    ``max_num_seqs`` requests hold blocks at once. ``max_model_len`` caps prompt plus new tokens and fixes the
-    table width; ``None`` takes the model's. ``prefill_shapes`` are the token counts prefill is compiled for.
-    ``prefill_budget`` caps prompt tokens of one step; ``None`` takes the largest shape. ``salt`` separates
-    tenants in the cache keys.
-    """
-
-    max_num_seqs: int = 8
-    max_model_len: int | None = None
-    prefill_shapes: tuple[int, ...] = DEFAULT_PREFILL_SHAPES
-    prefill_budget: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-    salt: str = ""
-
-    def __post_init__(self) -> None:
-        if self.max_num_seqs < 1:
-            raise ConfigError(f"max_num_seqs must be at least 1, got {self.max_num_seqs}")
-        shapes = self.prefill_shapes
-        if not shapes or shapes[0] < 2 or any(a >= b for a, b in itertools.pairwise(shapes)):
-            raise ConfigError(f"prefill_shapes must ascend and be at least 2, got {shapes}")
-        if self.prefill_budget is not None and self.prefill_budget < shapes[0]:
-            raise ConfigError(
-                f"prefill_budget is {self.prefill_budget}, less than the smallest prefill shape {shapes[0]}"
-            )
-
-    @property
-    def decode_rows(self) -> tuple[int, ...]:
-        """Row counts decode is compiled for: powers of two, and the largest batch."""
-        powers = itertools.takewhile(lambda rows: rows < self.max_num_seqs, (2**i for i in itertools.count()))
-        return (*powers, self.max_num_seqs)
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """Counters since the engine was made."""
-
-    num_steps: int
-    num_compilations: int
-    num_preemptions: int
-    device_evictions: int
 
 
 @final
@@ -221,13 +175,18 @@ class LLMEngine:
         self._cache.clear_cache()
 
     def shutdown(self) -> None:
-        """Abort what runs, let transfers end and shut the connector down. Safe to call twice."""
+        """Abort what runs, let transfers end and shut the connector down, which an error does not prevent.
+
+        Safe to call twice.
+        """
         if self._is_shut_down:
             return
-        self.abort_all()
-        self.flush()
-        self.connector.shutdown()
         self._is_shut_down = True
+        try:
+            self.abort_all()
+            self.flush()
+        finally:
+            self.connector.shutdown()
 
     @property
     def num_compilations(self) -> int:
@@ -335,6 +294,8 @@ class LLMEngine:
                 self._outputs.append(request.make_output())
 
     def _compile(self, shape: StepShape) -> None:
+        if shape in self._programs:
+            return
         batch = make_step_batch(self._cache, (), shape)
         self._programs.compile(shape, self.kv_caches, batch, make_sampling_batch((), shape.rows))
 

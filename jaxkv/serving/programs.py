@@ -34,6 +34,10 @@ class StepPrograms:
         self._model = model
         self._compiled: dict[StepShape, Any] = {}
 
+    def __contains__(self, shape: StepShape) -> bool:
+        """Whether the program of ``shape`` is compiled."""
+        return shape in self._compiled
+
     @property
     def num_compilations(self) -> int:
         """Programs compiled so far."""
@@ -42,9 +46,7 @@ class StepPrograms:
     def compile(
         self, shape: StepShape, kv_caches: KVCaches, batch: StepBatch, sampling: SamplingBatch
     ) -> None:
-        """Compile the program of ``shape`` unless it exists. Reads shapes only; the caches stay usable."""
-        if shape in self._compiled:
-            return
+        """Compile the program of ``shape``. Reads shapes only; the caches stay usable."""
         if shape.samples:
             step = jax.jit(self._sampling_step, donate_argnums=1)
             lowered = step.lower(self._model.params, kv_caches, batch, sampling)

@@ -126,7 +126,7 @@ class Scheduler:
         """End a request at whatever stage it is; ``None`` if no unfinished request has this id.
 
         Its blocks are free at once, unless the connector asks to keep them until a load into them has ended.
-        If the connector raises, the request is over all the same, and the next step tells the connector again.
+        If the connector raises, the request is over all the same, and the next step tells it again.
         """
         request = self._requests.get(request_id)
         if request is None or _is_over(request):
