@@ -54,32 +54,32 @@ class DictManager(OffloadingManager):
         self._pins: Counter[OffloadKey] = Counter()
 
     def lookup(self, key: OffloadKey, ctx: ReqContext) -> LookupResult:
-        """See :class:`OffloadingManager`."""
+        """See ``OffloadingManager``."""
         if key not in self._held:
             return LookupResult.MISS
         return LookupResult.HIT if self._held[key] else LookupResult.HIT_PENDING
 
     def touch(self, keys: Collection[OffloadKey], ctx: ReqContext) -> None:
-        """See :class:`OffloadingManager`."""
+        """See ``OffloadingManager``."""
         for key in reversed(tuple(keys)):
             if key in self._held:
                 self._held.move_to_end(key)
 
     def prepare_load(self, keys: Collection[OffloadKey], ctx: ReqContext) -> Names:
-        """See :class:`OffloadingManager`."""
+        """See ``OffloadingManager``."""
         self._pins.update(keys)
         self.touch(keys, ctx)
         return Names(tuple(keys))
 
     def complete_load(self, keys: Collection[OffloadKey], ctx: ReqContext, *, success: bool = True) -> None:
-        """See :class:`OffloadingManager`."""
+        """See ``OffloadingManager``."""
         self._pins -= Counter(keys)
         if not success:
             for key in keys:
                 self._drop(key)
 
     def prepare_store(self, keys: Collection[OffloadKey], ctx: ReqContext) -> PrepareStoreOutput | None:
-        """See :class:`OffloadingManager`."""
+        """See ``OffloadingManager``."""
         new = tuple(key for key in keys if key not in self._held)
         excess = sum(map(self._size, (*self._held, *new))) - self._capacity_bytes
         evicted: list[OffloadKey] = []
@@ -97,7 +97,7 @@ class DictManager(OffloadingManager):
         return PrepareStoreOutput(new, Names(new), tuple(evicted))
 
     def complete_store(self, keys: Collection[OffloadKey], ctx: ReqContext, *, success: bool = True) -> None:
-        """See :class:`OffloadingManager`."""
+        """See ``OffloadingManager``."""
         for key in keys:
             if success and key in self._held:
                 self._held[key] = True
@@ -105,7 +105,7 @@ class DictManager(OffloadingManager):
                 self._drop(key)
 
     def reset_cache(self) -> None:
-        """See :class:`OffloadingManager`."""
+        """See ``OffloadingManager``."""
         for key in tuple(self._held):
             self._drop(key)
 
@@ -127,7 +127,7 @@ class DictWorker(OffloadingWorker):
         self._ended: list[JobResult] = []
 
     def submit_store(self, job: TransferJob, kv_caches: Any) -> None:
-        """See :class:`OffloadingWorker`."""
+        """See ``OffloadingWorker``."""
         start_s, num_bytes, error = time.perf_counter(), 0, None
         try:
             for key, group, blocks in _chunks(job, self._transfer.blocks_per_chunk):
@@ -141,7 +141,7 @@ class DictWorker(OffloadingWorker):
         self._ended.append(JobResult(job.job_id, num_bytes, time.perf_counter() - start_s, error))
 
     def submit_load(self, job: TransferJob, kv_caches: Any) -> Any:
-        """See :class:`OffloadingWorker`."""
+        """See ``OffloadingWorker``."""
         start_s, num_bytes, error = time.perf_counter(), 0, None
         try:
             for key, group, blocks in _chunks(job, self._transfer.blocks_per_chunk):
@@ -157,15 +157,15 @@ class DictWorker(OffloadingWorker):
         return kv_caches
 
     def get_finished(self) -> list[JobResult]:
-        """See :class:`OffloadingWorker`."""
+        """See ``OffloadingWorker``."""
         ended, self._ended = self._ended, []
         return ended
 
     def wait(self, job_ids: Collection[JobId]) -> None:
-        """See :class:`OffloadingWorker`."""
+        """See ``OffloadingWorker``."""
 
     def shutdown(self) -> None:
-        """See :class:`OffloadingWorker`."""
+        """See ``OffloadingWorker``."""
 
 
 def _chunks(job: TransferJob, blocks_per_chunk: int) -> Iterator[tuple[OffloadKey, Any, Any]]:
@@ -191,16 +191,16 @@ class DictSpec(OffloadingSpec):
         self._manager = DictManager(options.host_bytes, chunk_bytes, self._data)
 
     def get_manager(self) -> DictManager:
-        """See :class:`OffloadingSpec`."""
+        """See ``OffloadingSpec``."""
         return self._manager
 
     def get_worker(self, kv_caches: Any) -> DictWorker:
-        """See :class:`OffloadingSpec`."""
+        """See ``OffloadingSpec``."""
         canonical = canonicalize(kv_caches, self._options.kv_cache_config, self._options.hints)
         transfer = BlockTransfer(canonical, self._staging, self._options.blocks_per_chunk)
         return DictWorker(transfer, self._data)
 
     def shutdown(self) -> None:
-        """See :class:`OffloadingSpec`."""
+        """See ``OffloadingSpec``."""
         self._data.clear()
         self._staging.close()

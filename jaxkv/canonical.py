@@ -90,13 +90,13 @@ class CanonicalKVCaches:
     def leaves(self, kv_caches: Mapping[str, Any]) -> list[jax.Array]:
         """The unique leaves of ``kv_caches``, which must be shaped as the caches that were registered.
 
-        Cheap enough for every step. Raises :class:`CacheMismatchError` where structure, shape or dtype
-        differ, :class:`DeletedCacheError` where an array was donated.
+        Cheap enough for every step. Raises ``CacheMismatchError`` where structure, shape or dtype
+        differ, ``DeletedCacheError`` where an array was donated.
         """
         return self.positions.read(kv_caches)
 
     def group_leaves(self, kv_caches: Mapping[str, Any], group: GroupId) -> list[jax.Array]:
-        """Those of :meth:`leaves` that ``group`` touches, in the order of ``groups[group].leaves``."""
+        """Those of ``leaves`` that ``group`` touches, in the order of ``groups[group].leaves``."""
         leaves = self.leaves(kv_caches)
         return [leaves[index] for index in self.groups[group].leaves]
 
@@ -124,7 +124,7 @@ def canonicalize(
     """Derive the layout of ``kv_caches``: ``{layer_name: leaf | tuple of leaves | dict of leaves}``.
 
     Leaves that are one buffer become one tensor. ``hints`` by layer name say what shapes cannot.
-    Raises :class:`CacheMismatchError`, :class:`DeletedCacheError` or :class:`ConfigError` on the first thing
+    Raises ``CacheMismatchError``, ``DeletedCacheError`` or ``ConfigError`` on the first thing
     that is not exactly as ``config`` says.
     """
     positions = find_leaves(kv_caches, config, identify_arrays)
@@ -136,7 +136,7 @@ def canonicalize_shapes(
     config: KVCacheConfig,
     hints: Mapping[str, LayoutHint] | None = None,
 ) -> CanonicalKVCaches:
-    """As :func:`canonicalize` for leaves that only have ``shape`` and ``dtype`` (``jax.ShapeDtypeStruct``).
+    """As ``canonicalize`` for leaves that only have ``shape`` and ``dtype`` (``jax.ShapeDtypeStruct``).
 
     The same object in two places is one leaf.
     """

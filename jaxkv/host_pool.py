@@ -40,7 +40,7 @@ _epochs = itertools.count(1)
 
 
 def load_native() -> ModuleType:
-    """The compiled extension. Raises :class:`NativeError` if it is not there or does not load."""
+    """The compiled extension. Raises ``NativeError`` if it is not there or does not load."""
     try:
         return importlib.import_module("jaxkv._native")
     except ImportError as error:
@@ -65,10 +65,10 @@ class HostPool:
     """``capacity_bytes`` of host memory, rounded up to whole 4 KiB pages and to nothing else.
 
     All of it is resident once the pool exists, on huge pages where the system has them. Use it as a context
-    manager; leaving it with slots in use closes it and raises :class:`PoolInUseError`. All methods may be
+    manager; leaving it with slots in use closes it and raises ``PoolInUseError``. All methods may be
     called from several threads.
 
-    Raises :class:`ConfigError` for a capacity that is not a positive number of bytes, that is over 1 TiB, or
+    Raises ``ConfigError`` for a capacity that is not a positive number of bytes, that is over 1 TiB, or
     that is more than this machine or its control group has left.
     """
 
@@ -102,7 +102,7 @@ class HostPool:
     def close(self) -> None:
         """Give the memory back, as soon as no transfer and no view uses it. A second call does nothing.
 
-        Raises :class:`PoolInUseError` if slots are still reserved; the pool is closed even so.
+        Raises ``PoolInUseError`` if slots are still reserved; the pool is closed even so.
         """
         in_use = self._close_quietly()
         if in_use:
@@ -160,7 +160,7 @@ class HostPool:
         """Tell the pool which slot sizes (bytes) will be asked for, so that it cuts slabs that waste little.
 
         Sizes add up over calls. While slots are in use the cut stays as it is; then a size larger than a slab
-        is a :class:`ConfigError`, as is one larger than the pool.
+        is a ``ConfigError``, as is one larger than the pool.
         """
         with self._usable():
             self._fit(frozenset(slot_sizes))
@@ -181,7 +181,7 @@ class HostPool:
             return self._allocate(slot_bytes)
 
     def reserve_slots(self, slot_bytes: int, num_slots: int) -> list[Slot]:
-        """``num_slots`` slots of ``slot_bytes``. Raises :class:`PoolFull`, and then keeps nothing."""
+        """``num_slots`` slots of ``slot_bytes``. Raises ``PoolFull``, and then keeps nothing."""
         if not isinstance(num_slots, int | np.integer) or num_slots < 0:
             raise ConfigError(f"cannot reserve {num_slots!r} slots; ask for a whole number, 0 or more")
         with self._usable():
@@ -199,7 +199,7 @@ class HostPool:
         self.free_slots((slot,))
 
     def free_slots(self, slots: Iterable[Slot]) -> None:
-        """As :meth:`free` for several slots. If one is not in use, or named twice, none is given back."""
+        """As ``free`` for several slots. If one is not in use, or named twice, none is given back."""
         slots = tuple(slots)
         with self._usable():
             for slot in slots:
@@ -251,7 +251,7 @@ class HostPool:
     def pin(self, slots: Iterable[Slot]) -> list[int]:
         """Keep the bytes of ``slots`` theirs until ``unpin``, and return their addresses (512-byte units).
 
-        Raises :class:`SlotError` and pins nothing if one of them is not a slot in use.
+        Raises ``SlotError`` and pins nothing if one of them is not a slot in use.
         """
         slots = list(slots)
         with self._usable():

@@ -26,7 +26,7 @@ class LayoutHint:
     ``block_axis`` is the axis that counts blocks, ``"auto"`` where just one axis has that size.
     ``kernel_blocks_per_block`` consecutive entries of that axis make one block. ``page_offset_bytes`` and
     ``page_size_bytes`` cut the layer's page out of a wider row, counted in the row-major bytes of one block;
-    ``None`` stands for what the spec says. Raises :class:`ConfigError` on a value that cannot work.
+    ``None`` stands for what the spec says. Raises ``ConfigError`` on a value that cannot work.
     """
 
     block_axis: int | Literal["auto"] = "auto"
@@ -134,7 +134,7 @@ class BlockView:
 def view_blocks(leaf: CacheLeaf, num_blocks: int, hint: LayoutHint) -> BlockView:
     """Find the block axis of ``leaf`` and split its bytes into blocks.
 
-    Raises :class:`CacheMismatchError` if no axis, or more than one, can be the block axis, or if a run is
+    Raises ``CacheMismatchError`` if no axis, or more than one, can be the block axis, or if a run is
     not a whole number of bytes.
     """
     per_block = hint.kernel_blocks_per_block
@@ -183,7 +183,7 @@ def plan_page(leaf: CacheLeaf, view: BlockView, page: range, record_offset: int)
     """The copy of bytes ``page`` of every block of ``leaf`` to ``record_offset`` in the block record.
 
     ``page`` is a range of the block's row-major bytes and must lie inside one run or cover whole runs;
-    otherwise raises :class:`CacheMismatchError`. Runs that touch each other become one.
+    otherwise raises ``CacheMismatchError``. Runs that touch each other become one.
     """
     if not page or page.stop > view.block_bytes:
         raise CacheMismatchError(
@@ -226,7 +226,7 @@ def find_layer_pages(
 ) -> list[LayerPage]:
     """What a layer of kind ``spec`` stores in each of its ``leaves``.
 
-    Raises :class:`CacheMismatchError` unless dtypes fit and the pages hold exactly the bytes of the spec. A
+    Raises ``CacheMismatchError`` unless dtypes fit and the pages hold exactly the bytes of the spec. A
     uint8 leaf may stand for any dtype; a recurrent state may lie at the start of a row as wide as
     ``page_size_padded``.
     """

@@ -91,7 +91,7 @@ def find_leaves(
 ) -> LeafPositions:
     """Flatten ``kv_caches`` and number its distinct leaves.
 
-    Raises :class:`CacheMismatchError` for missing or extra layers, layers without leaves, and one buffer that
+    Raises ``CacheMismatchError`` for missing or extra layers, layers without leaves, and one buffer that
     stands in the pytree with two shapes or dtypes; and whatever ``identify`` raises.
     """
     layer_names = [name for group in config.groups for name in group.layer_names]
@@ -128,8 +128,8 @@ def find_leaves(
 def identify_arrays(leaves: Sequence[Any], labels: Sequence[str]) -> Sequence[Hashable]:
     """Name each array by the address of its buffer.
 
-    Raises :class:`CacheMismatchError` for what is not an array whose bytes lie row-major on one device, or
-    overlaps another without being it; :class:`DeletedCacheError` for deleted arrays.
+    Raises ``CacheMismatchError`` for what is not an array whose bytes lie row-major on one device, or
+    overlaps another without being it; ``DeletedCacheError`` for deleted arrays.
     """
     for leaf, label in zip(leaves, labels, strict=True):
         _require_storable(leaf, label)

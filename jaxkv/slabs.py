@@ -34,7 +34,7 @@ def choose_slab_bytes(capacity_bytes: int, slot_sizes: Collection[int]) -> int:
     """The slab size that wastes least of ``capacity_bytes``, where the worst served slot size counts.
 
     A slab holds the largest slot at least once. Where the arena is large enough there are 16 slabs or more,
-    so that sizes can trade them. Raises :class:`ConfigError` if the largest slot does not fit at all.
+    so that sizes can trade them. Raises ``ConfigError`` if the largest slot does not fit at all.
     """
     strides = {slot_stride(size) for size in slot_sizes}
     largest = max(strides)

@@ -1,7 +1,7 @@
 """What each layer caches per block, and how layers form groups that share a block table.
 
 Specs say how many bytes a block of one layer really holds; how those bytes lie in an array is the business
-of :mod:`jaxkv.layout`. Names and meaning follow ``vllm.v1.kv_cache_interface``.
+of ``jaxkv.layout``. Names and meaning follow ``vllm.v1.kv_cache_interface``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _require_positive(owner: object, **values: int) -> None:
 def dtype_bits(dtype: DTypeLike) -> int:
     """Bits one element takes in a stored array; types below a byte are stored packed.
 
-    Raises :class:`ConfigError` for what is not a dtype.
+    Raises ``ConfigError`` for what is not a dtype.
     """
     try:
         known = np.dtype(dtype)

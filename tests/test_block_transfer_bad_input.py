@@ -284,4 +284,6 @@ def test_leaves_of_one_group_on_two_devices_are_an_error() -> None:
             assert moved["a"].device == second
     """
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    subprocess.run([sys.executable, "-P", "-c", textwrap.dedent(script)], check=True, timeout=120, env=environment)
+    subprocess.run(
+        [sys.executable, "-P", "-c", textwrap.dedent(script)], check=True, timeout=120, env=environment
+    )

@@ -33,7 +33,7 @@ def load_tensors(names: Iterable[str], read: Callable[[str], HostTensor]) -> dic
 
 
 def check_shape(what: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    """Raises :class:`WeightsError` when tensor ``what`` has another shape than the config implies."""
+    """Raises ``WeightsError`` when tensor ``what`` has another shape than the config implies."""
     if found != expected:
         raise WeightsError(
             f"tensor {what} has shape {found}, but its config implies {expected}; "

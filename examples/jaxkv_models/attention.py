@@ -29,7 +29,7 @@ _LOWEST_PEAK, _MASKED = -1e20, -1e30
 @final
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """What all layers of one group share in a step; see :func:`plan_attention`.
+    """What all layers of one group share in a step; see ``plan_attention``.
 
     ``table`` (B, M) block ids; ``positions`` (B, T); ``is_new`` (B, T) real tokens; ``kv_end`` (B,) tokens in
     the cache after this step.

@@ -109,7 +109,7 @@ class BambaConfig:
 @final
 @dataclass(frozen=True, slots=True)
 class Bamba:
-    """A :class:`jaxkv.serving.model.Model`: two cache groups, full attention and Mamba-2 states."""
+    """A ``jaxkv.serving.model.Model``: two cache groups, full attention and Mamba-2 states."""
 
     name: str
     config: BambaConfig

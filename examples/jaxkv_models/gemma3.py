@@ -70,7 +70,7 @@ class Gemma3Config:
 @final
 @dataclass(frozen=True, slots=True)
 class Gemma3:
-    """A :class:`jaxkv.serving.model.Model`: two cache groups, full attention and sliding window."""
+    """A ``jaxkv.serving.model.Model``: two cache groups, full attention and sliding window."""
 
     name: str
     config: Gemma3Config

@@ -33,7 +33,7 @@ def file_sha256(path: Path) -> str:
 def cached_gguf(cache_dir: Path | None = None) -> Path:
     """The checked weights file, joined on first use; then the Gemma terms are shown, once.
 
-    ``cache_dir`` defaults to ``jaxkv`` under ``XDG_CACHE_HOME`` or ``~/.cache``. Raises :class:`WeightsError`
+    ``cache_dir`` defaults to ``jaxkv`` under ``XDG_CACHE_HOME`` or ``~/.cache``. Raises ``WeightsError``
     when the package is not installed, its parts are altered, or the file cannot be written.
     """
     user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -46,7 +46,7 @@ class GGUFFile:
     tensors: Mapping[str, TensorInfo]
 
     def read(self, name: str) -> HostTensor:
-        """The tensor ``name`` as float32. Raises :class:`WeightsError` when it is missing or cut off."""
+        """The tensor ``name`` as float32. Raises ``WeightsError`` when it is missing or cut off."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize  # noqa: PLC0415
 
         info = self.tensors.get(name)
@@ -71,7 +71,7 @@ class GGUFFile:
 
 
 def open_gguf(path: Path) -> GGUFFile:
-    """Reads the header of ``path``. Raises :class:`WeightsError` when it is no GGUF file or is cut off."""
+    """Reads the header of ``path``. Raises ``WeightsError`` when it is no GGUF file or is cut off."""
     with path.open("rb") as file:
         if file.read(4) != _MAGIC:
             raise WeightsError(f"{path} is not a GGUF file; give a .gguf file of a gemma3 model")

@@ -22,7 +22,7 @@ class HFWeights:
     files: Mapping[str, Path]
 
     def read(self, name: str, shape: tuple[int, ...]) -> HostTensor:
-        """Tensor ``name`` as float32. Raises :class:`WeightsError` when it is missing or not of ``shape``."""
+        """Tensor ``name`` as float32. Raises ``WeightsError`` when it is missing or not of ``shape``."""
         from safetensors import safe_open  # noqa: PLC0415
 
         full_name = self.prefix + name if self.prefix + name in self.files else name
@@ -52,7 +52,7 @@ class HFDirectory:
     config: Mapping[str, Any]
 
     def value(self, key: str) -> Any:
-        """The entry ``key`` of the config. Raises :class:`WeightsError` when it is not there."""
+        """The entry ``key`` of the config. Raises ``WeightsError`` when it is not there."""
         return require(self.config, key, self.path)
 
     def weights(self, prefixes: Sequence[str] = ("model.",)) -> HFWeights:
@@ -68,7 +68,7 @@ class HFDirectory:
 
 
 def open_directory(path: Path) -> HFDirectory:
-    """Parses the config of ``path``. Raises :class:`WeightsError` when there is none or it is damaged."""
+    """Parses the config of ``path``. Raises ``WeightsError`` when there is none or it is damaged."""
     config_path = path / "config.json"
     if not config_path.is_file():
         raise WeightsError(f"{path} has no config.json; give a directory in the Hugging Face layout")
@@ -82,7 +82,7 @@ def open_directory(path: Path) -> HFDirectory:
 
 
 def require(config: Mapping[str, Any], key: str, directory: Path) -> Any:
-    """``config[key]``. Raises :class:`WeightsError` when it is missing."""
+    """``config[key]``. Raises ``WeightsError`` when it is missing."""
     if config.get(key) is None:
         raise WeightsError(f"{directory / 'config.json'} has no {key!r}; use the config of the weights")
     return config[key]

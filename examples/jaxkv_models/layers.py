@@ -64,7 +64,7 @@ def gelu_tanh(x: jax.Array) -> jax.Array:
 def rope_angles(
     positions: jax.Array, rotary_dim: int, base: float, factor: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-    """What :func:`apply_rope` takes at ``positions`` (B, T), whose angles are slowed down ``factor`` times.
+    """What ``apply_rope`` takes at ``positions`` (B, T), whose angles are slowed down ``factor`` times.
 
     Two factors (B, T, 1, rotary_dim), for an element and for its partner in the other half.
     """

@@ -104,7 +104,7 @@ class RecurrentGemmaConfig:
 @final
 @dataclass(frozen=True, slots=True)
 class RecurrentGemma:
-    """A :class:`jaxkv.serving.model.Model`: two cache groups, sliding window and recurrent states."""
+    """A ``jaxkv.serving.model.Model``: two cache groups, sliding window and recurrent states."""
 
     name: str
     config: RecurrentGemmaConfig

@@ -17,7 +17,7 @@ _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
 
 def read_tokenizer_json(directory: Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory. Raises :class:`WeightsError` when there is no sound one."""
+    """The tokenizer of a Hugging Face directory. Raises ``WeightsError`` when there is no sound one."""
     from tokenizers import Tokenizer  # noqa: PLC0415
 
     path = directory / "tokenizer.json"

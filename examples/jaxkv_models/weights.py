@@ -28,7 +28,7 @@ def load_model(model: str | Path) -> Model:
     """The float32 model ``gemma3-270m``, a ``.gguf`` file, or a Hugging Face directory.
 
     GGUF files may be of architecture gemma3; directories of ``model_type`` bamba, gemma3, gemma3_text or
-    recurrent_gemma. The model's name holds a digest of its files. Raises :class:`WeightsError` for anything
+    recurrent_gemma. The model's name holds a digest of its files. Raises ``WeightsError`` for anything
     missing, cut off, altered or unsupported.
     """
     source = _open(model)
@@ -49,7 +49,7 @@ def load_model(model: str | Path) -> Model:
 
 
 def load_tokenizer(model: str | Path) -> Tokenizer:
-    """The tokenizer of what :func:`load_model` takes. Raises :class:`WeightsError` when it carries none."""
+    """The tokenizer of what ``load_model`` takes. Raises ``WeightsError`` when it carries none."""
     source = _open(model)
     match source:
         case GGUFFile():

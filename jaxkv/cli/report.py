@@ -63,7 +63,7 @@ def print_report(console: Console, comparison: Comparison) -> None:
         off = median(ttft_s(turn) for turn, _ in comparison.returning) * 1e3
         on = median(ttft_s(turn) for _, turn in comparison.returning) * 1e3
         console.print(
-            f"{len(comparison.returning)} requests came back from the host; their median time to first token:\n"
+            f"{len(comparison.returning)} requests came back from the host. Median time to first token:\n"
             f"{off:.0f} ms recomputed, {on:.0f} ms restored, [bold]{comparison.median_speedup:.1f} times[/] "
             "shorter"
         )

@@ -90,7 +90,7 @@ class KVConnectorBase(ABC):
     def request_finished(
         self, request: Request, block_ids: Sequence[BlockId | None]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Single-group form of :meth:`request_finished_all_groups`."""
+        """Single-group form of ``request_finished_all_groups``."""
 
     @abstractmethod
     def request_finished_all_groups(
@@ -180,7 +180,7 @@ class KVConnectorBase(ABC):
 
     @abstractmethod
     def get_transfer_results(self, finished_req_ids: Set[str]) -> KVConnectorOutput:
-        """Like :meth:`get_finished`, with failed receives and the worker's report."""
+        """Like ``get_finished``, with failed receives and the worker's report."""
 
     @abstractmethod
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:

@@ -69,7 +69,7 @@ class ChunkedCaches:
         return range(first, first + self.blocks_per_chunk)
 
     def payload_blocks(self, chunk: ChunkId) -> range:
-        """Those of :meth:`blocks` the chunk keeps the content of: the last one alone in a recurrent group."""
+        """Those of ``blocks`` the chunk keeps the content of: the last one alone in a recurrent group."""
         blocks = self.blocks(chunk)
         is_state = isinstance(self.config.groups[chunk.group].spec, MambaSpec)
         return blocks[-1:] if is_state else blocks

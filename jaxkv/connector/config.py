@@ -13,7 +13,7 @@ from jaxkv.errors import ConfigError
 @final
 @dataclass(frozen=True, slots=True)
 class OffloadingConfig:
-    """Options of :class:`OffloadingConnector`; names as in vLLM where it has them.
+    """Options of ``OffloadingConnector``; names as in vLLM where it has them.
 
     ``host_bytes``: size of the host pool, an int or ``"64MiB"``.
     ``blocks_per_chunk``: blocks that are stored, found and evicted together.

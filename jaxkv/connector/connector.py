@@ -36,7 +36,7 @@ class OffloadingConnector(KVConnectorBase):
 
     ``spec`` is a backend to use instead of the one ``config`` names; the connector takes it over and shuts
     it down. ``hints`` say, by layer name, what the shapes of the caches leave open, see ``LayoutHint``. A
-    context manager: leaving it is :meth:`shutdown`. After that every other method raises
+    context manager: leaving it is ``shutdown``. After that every other method raises
     ``ConnectorStateError``.
 
     Raises ``PoolInUseError`` where the backend or its pool belongs to another connector, ``ConfigError`` for
@@ -88,63 +88,63 @@ class OffloadingConnector(KVConnectorBase):
     # -- scheduler side ---------------------------------------------------------------------------------
 
     def on_new_request(self, request: Request) -> None:
-        """See :class:`KVConnectorBase`. Raises ``RequestError`` for an id that is in use."""
+        """See ``KVConnectorBase``. Raises ``RequestError`` for an id that is in use."""
         self._scheduler.on_new_request(request)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """See :class:`KVConnectorBase`. Device hit and answer are at most ``num_tokens - 1`` tokens."""
+        """See ``KVConnectorBase``. Device hit and answer are at most ``num_tokens - 1`` tokens."""
         return self._scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(
         self, request: Request, blocks: BlockTables, num_external_tokens: int
     ) -> None:
-        """See :class:`KVConnectorBase`. Raises ``RequestError`` for tokens that were not promised."""
+        """See ``KVConnectorBase``. Raises ``RequestError`` for tokens that were not promised."""
         self._scheduler.update_state_after_alloc(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> OffloadingConnectorMetadata:
-        """See :class:`KVConnectorBase`."""
+        """See ``KVConnectorBase``."""
         return self._scheduler.build_connector_meta(scheduler_output)
 
     def update_connector_output(self, output: KVConnectorOutput) -> None:
-        """See :class:`KVConnectorBase`."""
+        """See ``KVConnectorBase``."""
         self._scheduler.update_connector_output(output)
 
     def request_finished(
         self, request: Request, block_ids: Sequence[BlockId | None]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """See :class:`KVConnectorBase`."""
+        """See ``KVConnectorBase``."""
         return self.request_finished_all_groups(request, (block_ids,))
 
     def request_finished_all_groups(
         self, request: Request, block_ids: BlockTables
     ) -> tuple[bool, dict[str, Any] | None]:
-        """See :class:`KVConnectorBase`. The connector's own tables serve; ``block_ids`` is not needed."""
+        """See ``KVConnectorBase``. The connector's own tables serve; ``block_ids`` is not needed."""
         return self._scheduler.request_finished(request), None
 
     def has_pending_push_work(self) -> bool:
-        """See :class:`KVConnectorBase`."""
+        """See ``KVConnectorBase``."""
         return self._scheduler.has_pending_push_work()
 
     def has_pending_block_frees(self) -> bool:
-        """See :class:`KVConnectorBase`."""
+        """See ``KVConnectorBase``."""
         return self._scheduler.has_pending_block_frees()
 
     def get_loaded_kv_cache_group_ids(self, request: Request) -> tuple[GroupId, ...]:
-        """See :class:`KVConnectorBase`."""
+        """See ``KVConnectorBase``."""
         return self._scheduler.get_loaded_kv_cache_group_ids(request)
 
     def take_events(self) -> Sequence[KVCacheEvent]:
-        """See :class:`KVConnectorBase`. Empty unless the config enables events."""
+        """See ``KVConnectorBase``. Empty unless the config enables events."""
         return self._scheduler.take_events()
 
     def get_stats(self) -> ConnectorStats:
-        """See :class:`KVConnectorBase`."""
+        """See ``KVConnectorBase``."""
         return self._scheduler.get_stats()
 
     def reset_cache(self) -> bool:
-        """See :class:`KVConnectorBase`. Slots of jobs under way come back when those end."""
+        """See ``KVConnectorBase``. Slots of jobs under way come back when those end."""
         self._scheduler.reset_cache()
         return True
 
@@ -155,7 +155,7 @@ class OffloadingConnector(KVConnectorBase):
     # -- worker side ------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: KVCaches) -> None:
-        """See :class:`KVConnectorBase`. ``CacheMismatchError`` for caches the config does not describe."""
+        """See ``KVConnectorBase``. ``CacheMismatchError`` for caches the config does not describe."""
         if self._open_scheduler is not None and self._open_worker is not None:
             raise ConnectorStateError(
                 "the caches are registered already; make a new connector for other caches"
@@ -164,20 +164,20 @@ class OffloadingConnector(KVConnectorBase):
         self._open_worker = OffloadingConnectorWorker(self._spec.get_worker(kv_caches))
 
     def warm_up(self, kv_caches: KVCaches, max_blocks: int) -> KVCaches:
-        """See :class:`KVConnectorBase`."""
+        """See ``KVConnectorBase``."""
         return self._worker.warm_up(kv_caches, max_blocks)
 
     def handle_preemptions(self, kv_caches: KVCaches, metadata: KVConnectorMetadata) -> KVCaches:
-        """See :class:`KVConnectorBase`."""
+        """See ``KVConnectorBase``."""
         self._worker.submit_stores(_own(metadata), kv_caches)
         return kv_caches
 
     def bind_connector_metadata(self, metadata: KVConnectorMetadata) -> None:
-        """See :class:`KVConnectorBase`."""
+        """See ``KVConnectorBase``."""
         self._metadata = _own(metadata)
 
     def start_load_kv(self, kv_caches: KVCaches) -> KVCaches:
-        """See :class:`KVConnectorBase`. Raises ``ConnectorStateError`` where no metadata is bound."""
+        """See ``KVConnectorBase``. Raises ``ConnectorStateError`` where no metadata is bound."""
         if self._metadata is None:
             raise ConnectorStateError(
                 "no metadata is bound; call bind_connector_metadata before start_load_kv"
@@ -185,15 +185,15 @@ class OffloadingConnector(KVConnectorBase):
         return self._worker.submit_loads(self._metadata, kv_caches)
 
     def wait_for_save(self, kv_caches: KVCaches) -> KVCaches:
-        """See :class:`KVConnectorBase`."""
+        """See ``KVConnectorBase``."""
         return kv_caches
 
     def get_finished(self, finished_req_ids: Set[str]) -> tuple[Set[str], Set[str]]:
-        """See :class:`KVConnectorBase`. Failed receives are left for :meth:`get_transfer_results`."""
+        """See ``KVConnectorBase``. Failed receives are left for ``get_transfer_results``."""
         return set(), self._worker.take_received()
 
     def get_transfer_results(self, finished_req_ids: Set[str]) -> KVConnectorOutput:
-        """See :class:`KVConnectorBase`."""
+        """See ``KVConnectorBase``."""
         received, failed = self._worker.take_received(), self._worker.take_failed()
         return KVConnectorOutput(
             finished_recving=received | failed.keys(),
@@ -202,16 +202,16 @@ class OffloadingConnector(KVConnectorBase):
         )
 
     def build_connector_worker_meta(self) -> OffloadingWorkerMetadata | None:
-        """See :class:`KVConnectorBase`."""
+        """See ``KVConnectorBase``."""
         results = self._worker.take_results()
         return OffloadingWorkerMetadata(results) if results else None
 
     def clear_connector_metadata(self) -> None:
-        """See :class:`KVConnectorBase`."""
+        """See ``KVConnectorBase``."""
         self._metadata = None
 
     def shutdown(self) -> None:
-        """See :class:`KVConnectorBase`. Waits for jobs under way."""
+        """See ``KVConnectorBase``. Waits for jobs under way."""
         if self._open_scheduler is None:
             return
         if self._open_worker is not None:

@@ -42,7 +42,7 @@ def find_hit(
     """The longest prefix within ``limit_tokens`` that device (``known_tokens``) and host can serve.
 
     Chunks still being written count as present, so that a request waits for them instead of computing them
-    again; the answer is a :class:`Deferral` then.
+    again; the answer is a ``Deferral`` then.
     """
     answers: dict[ChunkId, LookupResult] = {}
 

@@ -63,7 +63,7 @@ class ConnectorStats:
 
 @final
 class Metrics:
-    """Counts; read it with :meth:`snapshot`."""
+    """Counts; read it with ``snapshot``."""
 
     def __init__(self, caches: ChunkedCaches) -> None:
         self._block_bytes = [group.page_size_bytes for group in caches.config.groups]

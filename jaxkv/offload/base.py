@@ -170,7 +170,7 @@ class OffloadingWorker(ABC):
 
     @abstractmethod
     def submit_store(self, job: TransferJob, kv_caches: Any) -> None:
-        """Start copying device blocks out. Failures become a :class:`JobResult`, never an exception."""
+        """Start copying device blocks out. Failures become a ``JobResult``, never an exception."""
 
     @abstractmethod
     def submit_load(self, job: TransferJob, kv_caches: Any) -> Any:

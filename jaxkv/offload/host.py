@@ -52,11 +52,11 @@ class HostOffloadingSpec(OffloadingSpec):
         return self._pool
 
     def get_manager(self) -> HostOffloadingManager:
-        """See :class:`OffloadingSpec`."""
+        """See ``OffloadingSpec``."""
         return self._manager
 
     def get_worker(self, kv_caches: Any) -> HostOffloadingWorker:
-        """See :class:`OffloadingSpec`. ``CacheMismatchError`` for caches the config does not describe."""
+        """See ``OffloadingSpec``. ``CacheMismatchError`` for caches the config does not describe."""
         options = self._options
         canonical = canonicalize(kv_caches, options.kv_cache_config, options.hints)
         found = [group.record_bytes for group in canonical.groups]
@@ -71,7 +71,7 @@ class HostOffloadingSpec(OffloadingSpec):
         return HostOffloadingWorker(transfer, options.blocks_per_chunk)
 
     def shutdown(self) -> None:
-        """See :class:`OffloadingSpec`. A pool that was handed in stays open."""
+        """See ``OffloadingSpec``. A pool that was handed in stays open."""
         self._manager.shutdown()
         self._close_pool()
 

@@ -72,14 +72,14 @@ class HostOffloadingManager(OffloadingManager):
         self._events: list[OffloadingEvent] | None = [] if enable_events else None
 
     def lookup(self, key: OffloadKey, ctx: ReqContext) -> LookupResult:
-        """See :class:`OffloadingManager`."""
+        """See ``OffloadingManager``."""
         chunk = self._chunks.get(key)
         if chunk is None:
             return LookupResult.MISS
         return LookupResult.HIT if chunk.readable else LookupResult.HIT_PENDING
 
     def prepare_load(self, keys: Collection[OffloadKey], ctx: ReqContext) -> HostSlots:
-        """See :class:`OffloadingManager`."""
+        """See ``OffloadingManager``."""
         chunks = [self._chunks[key] for key in keys]
         assert all(chunk.readable for chunk in chunks), "only chunks that answered HIT can be loaded"
         for chunk in chunks:
@@ -89,7 +89,7 @@ class HostOffloadingManager(OffloadingManager):
         return HostSlots(tuple(chunk.slot for chunk in chunks))
 
     def complete_load(self, keys: Collection[OffloadKey], ctx: ReqContext, *, success: bool = True) -> None:
-        """See :class:`OffloadingManager`."""
+        """See ``OffloadingManager``."""
         lost = [key for key in keys if key in self._chunks and not success]
         for key in lost:
             self._forget(key)
@@ -98,7 +98,7 @@ class HostOffloadingManager(OffloadingManager):
         self._emit(lost, removed=True)
 
     def prepare_store(self, keys: Collection[OffloadKey], ctx: ReqContext) -> PrepareStoreOutput | None:
-        """See :class:`OffloadingManager`."""
+        """See ``OffloadingManager``."""
         wanted = dict.fromkeys(keys)
         if any(key in self._quarantine for key in wanted):
             return None
@@ -110,7 +110,7 @@ class HostOffloadingManager(OffloadingManager):
             self.complete_load(held, ctx)
 
     def complete_store(self, keys: Collection[OffloadKey], ctx: ReqContext, *, success: bool = True) -> None:
-        """See :class:`OffloadingManager`."""
+        """See ``OffloadingManager``."""
         landed = [key for key in keys if key in self._chunks]
         for key in reversed(list(keys)):
             if success and key in self._chunks:
@@ -122,28 +122,28 @@ class HostOffloadingManager(OffloadingManager):
             self._emit(landed, removed=False)
 
     def touch(self, keys: Collection[OffloadKey], ctx: ReqContext) -> None:
-        """See :class:`OffloadingManager`."""
+        """See ``OffloadingManager``."""
         for key in reversed(list(keys)):
             chunk = self._chunks.get(key)
             if chunk is not None and chunk.uses == 0:
                 self._order.touch(chunk)
 
     def reset_cache(self) -> None:
-        """See :class:`OffloadingManager`."""
+        """See ``OffloadingManager``."""
         readable = [chunk.key for chunk in self._chunks.values() if chunk.readable]
         for key in list(self._chunks):
             self._forget(key)
         self._emit(readable, removed=True)
 
     def take_events(self) -> Sequence[OffloadingEvent]:
-        """See :class:`OffloadingManager`; empty unless the manager was made with events."""
+        """See ``OffloadingManager``; empty unless the manager was made with events."""
         if self._events is None:
             return ()
         taken, self._events = self._events, []
         return taken
 
     def get_stats(self) -> HostManagerStats:
-        """See :class:`OffloadingManager`."""
+        """See ``OffloadingManager``."""
         return HostManagerStats(
             num_chunks=len(self._chunks),
             num_busy=self._order.num_busy,
@@ -154,7 +154,7 @@ class HostOffloadingManager(OffloadingManager):
         )
 
     def leaks(self) -> Sequence[str]:
-        """See :class:`OffloadingManager`."""
+        """See ``OffloadingManager``."""
         owned = (*self._chunks.values(), *self._quarantine.values())
         return [
             f"chunk {chunk.key.hex()} of group {get_offload_group(chunk.key)} has {chunk.uses} uses"
@@ -163,7 +163,7 @@ class HostOffloadingManager(OffloadingManager):
         ]
 
     def shutdown(self) -> None:
-        """See :class:`OffloadingManager`. Jobs must have ended: slots still in use are freed as well."""
+        """See ``OffloadingManager``. Jobs must have ended: slots still in use are freed as well."""
         if self._pool.closed:
             self._chunks.clear()
             self._quarantine.clear()

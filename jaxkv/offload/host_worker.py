@@ -52,11 +52,11 @@ class HostOffloadingWorker(OffloadingWorker):
         self._running: dict[JobId, _RunningJob] = {}
 
     def warm_up(self, kv_caches: Any, max_blocks: int) -> Any:
-        """See :class:`OffloadingWorker`."""
+        """See ``OffloadingWorker``."""
         return self._transfer.warm_up(kv_caches, max_blocks)
 
     def submit_store(self, job: TransferJob, kv_caches: Any) -> None:
-        """See :class:`OffloadingWorker`."""
+        """See ``OffloadingWorker``."""
         running = self._running[job.job_id] = _RunningJob(job.job_id)
         try:
             for blocks, slots in self._by_group(job):
@@ -66,7 +66,7 @@ class HostOffloadingWorker(OffloadingWorker):
             running.error = str(error)
 
     def submit_load(self, job: TransferJob, kv_caches: Any) -> Any:
-        """See :class:`OffloadingWorker`. What is refused is refused before the caches are consumed.
+        """See ``OffloadingWorker``. What is refused is refused before the caches are consumed.
 
         What XLA raises is passed on: the caches may be lost then, and only the serving loop makes new ones.
         """
@@ -80,20 +80,20 @@ class HostOffloadingWorker(OffloadingWorker):
         return kv_caches
 
     def get_finished(self) -> list[JobResult]:
-        """See :class:`OffloadingWorker`."""
+        """See ``OffloadingWorker``."""
         ended = [job for job in self._running.values() if job.done()]
         for job in ended:
             del self._running[job.job_id]
         return [job.wait() for job in ended]
 
     def wait(self, job_ids: Collection[JobId]) -> None:
-        """See :class:`OffloadingWorker`."""
+        """See ``OffloadingWorker``."""
         for job_id in job_ids:
             if job_id in self._running:
                 self._running[job_id].wait()
 
     def shutdown(self) -> None:
-        """See :class:`OffloadingWorker`."""
+        """See ``OffloadingWorker``."""
         self.wait(tuple(self._running))
         self._running.clear()
 

@@ -48,15 +48,15 @@ class LRUPolicy(CachePolicy):
         self._keys: OrderedDict[OffloadKey, None] = OrderedDict()
 
     def add(self, key: OffloadKey) -> None:
-        """See :class:`CachePolicy`."""
+        """See ``CachePolicy``."""
         self._keys[key] = None
 
     def remove(self, key: OffloadKey) -> None:
-        """See :class:`CachePolicy`."""
+        """See ``CachePolicy``."""
         del self._keys[key]
 
     def touch(self, key: OffloadKey) -> None:
-        """See :class:`CachePolicy`."""
+        """See ``CachePolicy``."""
         self._keys.move_to_end(key)
 
     def __iter__(self) -> Iterator[OffloadKey]:
@@ -73,7 +73,7 @@ _POLICIES: dict[str, MakePolicy] = {"lru": LRUPolicy}
 
 
 def find_policy(name: str) -> MakePolicy:
-    """The policy called ``name``: ``"lru"``, or the dotted path of a :class:`CachePolicy` without arguments.
+    """The policy called ``name``: ``"lru"``, or the dotted path of a ``CachePolicy`` without arguments.
 
     Raises ``ConfigError`` for a name that is neither.
     """

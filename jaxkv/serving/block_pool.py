@@ -27,7 +27,7 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that :meth:`allocate` can hand out, those that hold an unused prefix included."""
+        """Blocks that ``allocate`` can hand out, those that hold an unused prefix included."""
         return len(self._blank) + len(self._reusable)
 
     @property

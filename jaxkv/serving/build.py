@@ -30,7 +30,7 @@ def build_engine(
     """An engine whose caches take at most ``device_bytes``, for requests of up to ``max_tokens`` tokens.
 
     ``max_tokens`` counts prompt and new tokens. Without ``offloading`` only the device caches prefixes.
-    Raises :class:`ConfigError` where the device or the host budget is too small, with what would suffice.
+    Raises ``ConfigError`` where the device or the host budget is too small, with what would suffice.
     """
     config = replace(engine_config or EngineConfig(), max_model_len=max_tokens)
     groups = model.cache_groups(DEFAULT_BLOCK_SIZE, cache_dtype)

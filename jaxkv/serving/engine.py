@@ -34,9 +34,9 @@ from jaxkv.spec import KVCacheConfig, MambaSpec
 class LLMEngine:
     """Serves requests of one model over paged caches, with or without a connector.
 
-    An exception in :meth:`step` (a Ctrl-C included) costs no request: those that held blocks are queued
-    again and recompute what the device cache no longer has. The caller may go on with :meth:`step`, or
-    :meth:`abort` what it no longer wants. Outputs of requests that had finished come with the next step. The
+    An exception in ``step`` (a Ctrl-C included) costs no request: those that held blocks are queued
+    again and recompute what the device cache no longer has. The caller may go on with ``step``, or
+    ``abort`` what it no longer wants. Outputs of requests that had finished come with the next step. The
     connector is not told that such a step ended, so it stores nothing of it.
     """
 
@@ -85,7 +85,7 @@ class LLMEngine:
     ) -> str:
         """Queue a prompt and answer its id.
 
-        Raises :class:`RequestError` for an empty prompt, unknown tokens, a used id, or a request that the
+        Raises ``RequestError`` for an empty prompt, unknown tokens, a used id, or a request that the
         model or the whole cache is too small for.
         """
         params = SamplingParams() if params is None else params
@@ -116,7 +116,7 @@ class LLMEngine:
 
     @property
     def has_unfinished_requests(self) -> bool:
-        """Whether :meth:`step` has requests to work on."""
+        """Whether ``step`` has requests to work on."""
         return self._scheduler.has_unfinished
 
     def generate(
@@ -149,7 +149,7 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Run one step and answer the requests that finished.
 
-        Raises :class:`DeletedCacheError` if a failed program consumed the caches; they are empty then, and
+        Raises ``DeletedCacheError`` if a failed program consumed the caches; they are empty then, and
         the next step recomputes.
         """
         self._guarded_step()
@@ -190,7 +190,7 @@ class LLMEngine:
 
     @property
     def num_compilations(self) -> int:
-        """Step programs compiled so far; constant after :meth:`warmup`."""
+        """Step programs compiled so far; constant after ``warmup``."""
         return self._programs.num_compilations
 
     @property

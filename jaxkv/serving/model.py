@@ -57,7 +57,7 @@ class Model(Protocol):
         """Layer names and spec of each group, for blocks of ``block_size`` tokens stored as ``dtype``."""
 
     def init_caches(self, config: KVCacheConfig) -> KVCaches:
-        """Zeroed caches for the groups of :meth:`cache_groups` with the block counts of ``config``.
+        """Zeroed caches for the groups of ``cache_groups`` with the block counts of ``config``.
 
         The first axis of every leaf counts blocks.
         """

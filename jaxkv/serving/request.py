@@ -84,7 +84,7 @@ class RequestOutput:
 
 @final
 class Request:
-    """A request on its way; satisfies :class:`jaxkv.connector.protocols.Request`.
+    """A request on its way; satisfies ``jaxkv.connector.protocols.Request``.
 
     ``num_computed_tokens`` counts the tokens whose KV or state the device holds. ``device_hit_tokens`` and
     ``host_hit_tokens`` are set by the scheduler at the first admission.

@@ -66,8 +66,8 @@ class Scheduler:
     """Continuous batching with chunked prefill and preemption by recompute.
 
     At most ``max_num_seqs`` requests hold blocks, and a step computes at most ``prefill_budget`` tokens of
-    prompts. ``step`` of the engine is :meth:`schedule`, the device's work, then :meth:`update`; between the
-    two only :meth:`restart_all` may be called.
+    prompts. ``step`` of the engine is ``schedule``, the device's work, then ``update``; between the
+    two only ``restart_all`` may be called.
     """
 
     def __init__(

@@ -67,7 +67,7 @@ def divide_device_bytes(
 
     ``max_tokens`` is the longest request, prompt and new tokens. Every group gets what such a request cannot
     do without; the rest is divided in proportion to what a request would like: room for the largest prefill
-    shape and, for recurrent layers, one state for each such chunk. Raises :class:`ConfigError` that names
+    shape and, for recurrent layers, one state for each such chunk. Raises ``ConfigError`` that names
     the bytes that would suffice.
     """
     if max_tokens < 1 or not prefill_shapes or min(prefill_shapes) < 1:

@@ -10,7 +10,7 @@
     case.poke(host_caches, group, block, record)   # writes such a record: the oracle of a restore
 
 where ``host_caches = numpy_copy(kv_caches)``. The oracle slices logical NumPy arrays along the block axis
-and never sees a :class:`jaxkv.layout.PagePlan`.
+and never sees a ``jaxkv.layout.PagePlan``.
 """
 
 from jaxkv.testing.arrays import assert_same_bytes, assert_same_caches, numpy_copy, random_caches

@@ -42,7 +42,7 @@ class FakeWorker(OffloadingWorker):
     A store keeps the pages as they are when it is submitted. A load overwrites its targets with garbage at
     once and with the pages when it ends; it asserts that nobody rewrote its slots in between.
 
-    While ``delayed`` is true jobs end only through :meth:`finish`, in the order it is told. ``fail`` decides
+    While ``delayed`` is true jobs end only through ``finish``, in the order it is told. ``fail`` decides
     which jobs fail.
     """
 
@@ -61,11 +61,11 @@ class FakeWorker(OffloadingWorker):
         return list(self._jobs)
 
     def submit_store(self, job: TransferJob, kv_caches: Any) -> None:
-        """See :class:`OffloadingWorker`."""
+        """See ``OffloadingWorker``."""
         self._submit(_Delayed(job, self._read_blocks(job, kv_caches), None))
 
     def submit_load(self, job: TransferJob, kv_caches: Any) -> Any:
-        """See :class:`OffloadingWorker`."""
+        """See ``OffloadingWorker``."""
         pages = [self.medium[slot] for slot in _slots(job)]
         for group, block, _ in self._targets(job, pages):
             for layer in self._config.groups[group].layer_names:
@@ -86,16 +86,16 @@ class FakeWorker(OffloadingWorker):
             self._results.append(JobResult(job_id, 0 if error else num_bytes, 0.0, error))
 
     def get_finished(self) -> list[JobResult]:
-        """See :class:`OffloadingWorker`."""
+        """See ``OffloadingWorker``."""
         taken, self._results = self._results, []
         return taken
 
     def wait(self, job_ids: Collection[JobId]) -> None:
-        """See :class:`OffloadingWorker`."""
+        """See ``OffloadingWorker``."""
         self.finish([job_id for job_id in job_ids if job_id in self._jobs])
 
     def shutdown(self) -> None:
-        """See :class:`OffloadingWorker`."""
+        """See ``OffloadingWorker``."""
         self.finish()
 
     def _submit(self, delayed: _Delayed) -> None:
@@ -148,7 +148,7 @@ def _slots(job: TransferJob) -> tuple[Any, ...]:
 
 @final
 class FakeOffloadingSpec(OffloadingSpec):
-    """The host backend's manager over a :class:`FakePool`, with a :class:`FakeWorker`."""
+    """The host backend's manager over a ``FakePool``, with a ``FakeWorker``."""
 
     def __init__(self, config: KVCacheConfig, pool: FakePool, *, blocks_per_chunk: int = 1) -> None:
         self.pool = pool
@@ -157,14 +157,14 @@ class FakeOffloadingSpec(OffloadingSpec):
         self._manager = HostOffloadingManager(pool, slot_bytes, enable_events=True)
 
     def get_manager(self) -> HostOffloadingManager:
-        """See :class:`OffloadingSpec`."""
+        """See ``OffloadingSpec``."""
         return self._manager
 
     def get_worker(self, kv_caches: Any) -> FakeWorker:
-        """See :class:`OffloadingSpec`."""
+        """See ``OffloadingSpec``."""
         del kv_caches
         return self.worker
 
     def shutdown(self) -> None:
-        """See :class:`OffloadingSpec`."""
+        """See ``OffloadingSpec``."""
         self._manager.shutdown()

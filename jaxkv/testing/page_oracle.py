@@ -34,7 +34,7 @@ class PageSlice:
         return leaf[self._index(block)].tobytes()[self.start : self.stop]
 
     def write(self, leaf: npt.NDArray[Any], block: int, page: bytes) -> None:
-        """Put ``page`` back where :meth:`read` found it."""
+        """Put ``page`` back where ``read`` found it."""
         index = self._index(block)
         whole = bytearray(leaf[index].tobytes())
         whole[self.start : self.stop] = page
@@ -48,7 +48,7 @@ class PageSlice:
 @final
 @dataclass(frozen=True, slots=True)
 class LayoutCase:
-    """One row of the layout table; :mod:`jaxkv.testing` says how to use it.
+    """One row of the layout table; ``jaxkv.testing`` says how to use it.
 
     ``pages[layer]`` has one slice for each leaf of the layer, in pytree order.
     """
@@ -72,7 +72,7 @@ class LayoutCase:
         return b"".join(page.read(leaf, block) for page, leaf in self._pages_of(host_caches, group))
 
     def poke(self, host_caches: Mapping[str, Any], group: int, block: int, record: bytes) -> None:
-        """Write a record of :meth:`oracle` into ``host_caches``."""
+        """Write a record of ``oracle`` into ``host_caches``."""
         done = 0
         for page, leaf in self._pages_of(host_caches, group):
             size = len(page.read(leaf, block))

@@ -32,7 +32,7 @@ class TransferBackend(ABC):
 
     @abstractmethod
     def require_reachable(self, device: jax.Device) -> None:
-        """Raises :class:`CacheMismatchError` for a device this backend does not serve."""
+        """Raises ``CacheMismatchError`` for a device this backend does not serve."""
 
     @abstractmethod
     def offload(self, group: GroupId, leaves: Leaves, entries: Entries) -> Status:
@@ -57,19 +57,19 @@ class CpuBackend(TransferBackend):
         self.write_programs = [self._make_write_program(pages) for pages in groups]
 
     def require_reachable(self, device: jax.Device) -> None:
-        """See :class:`TransferBackend`."""
+        """See ``TransferBackend``."""
         if device.platform != "cpu":
             raise CacheMismatchError(f"a cache leaf is on {device}, not on the CPU; use backend='xla'")
 
     def offload(self, group: GroupId, leaves: Leaves, entries: Entries) -> Status:
-        """See :class:`TransferBackend`. Once this returns, XLA lets no donation overtake the read."""
+        """See ``TransferBackend``. Once this returns, XLA lets no donation overtake the read."""
         status: jax.Array = self.read_programs[group](
             self._token, entries.block_ids, entries.addresses, *leaves
         )
         return status
 
     def restore(self, group: GroupId, leaves: Leaves, entries: Entries) -> tuple[list[jax.Array], Status]:
-        """See :class:`TransferBackend`."""
+        """See ``TransferBackend``."""
         status, *written = self.write_programs[group](
             self._token, entries.block_ids, entries.addresses, *leaves
         )
@@ -106,10 +106,10 @@ class XlaBackend(TransferBackend):
         self.write_programs = [_make_scatter_program(pages) for pages in groups]
 
     def require_reachable(self, device: jax.Device) -> None:
-        """See :class:`TransferBackend`. JAX serves every device it has."""
+        """See ``TransferBackend``. JAX serves every device it has."""
 
     def offload(self, group: GroupId, leaves: Leaves, entries: Entries) -> Status:
-        """See :class:`TransferBackend`. The copy is done when this returns."""
+        """See ``TransferBackend``. The copy is done when this returns."""
         started = time.perf_counter()
         staging = np.asarray(self.read_programs[group](entries.block_ids, *leaves))
         for entry, record in self._records(group, entries):
@@ -118,7 +118,7 @@ class XlaBackend(TransferBackend):
         return make_status(moved=entries.num_blocks, elapsed_us=elapsed_us)
 
     def restore(self, group: GroupId, leaves: Leaves, entries: Entries) -> tuple[list[jax.Array], Status]:
-        """See :class:`TransferBackend`."""
+        """See ``TransferBackend``."""
         staging = np.zeros((len(entries.block_ids), self._record_bytes[group]), np.uint8)
         for entry, record in self._records(group, entries):
             staging[entry] = record

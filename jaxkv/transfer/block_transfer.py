@@ -81,7 +81,7 @@ class BlockTransfer:
     fits the default platform. Transfers may be started from several threads. Whatever is refused raises
     before anything is dispatched and leaves the caches usable.
 
-    Raises :class:`ConfigError` for options that cannot work and :class:`NativeError` for a backend this build
+    Raises ``ConfigError`` for options that cannot work and ``NativeError`` for a backend this build
     does not have.
     """
 
@@ -115,7 +115,7 @@ class BlockTransfer:
         return self._num_copied_leaves
 
     def reserve(self, group: GroupId, num_chunks: int) -> SlotLease:
-        """Slots for ``num_chunks`` chunks of ``group``. Raises :class:`PoolFull`, and then keeps nothing."""
+        """Slots for ``num_chunks`` chunks of ``group``. Raises ``PoolFull``, and then keeps nothing."""
         self.settle()
         return SlotLease(self, self.pool.reserve_slots(self.chunk_bytes(group), num_chunks))
 
@@ -137,8 +137,8 @@ class BlockTransfer:
         ``block_ids[j]`` (-1 skips) is block ``first_block + j`` counted from the start of the first chunk.
         The caches stay the caller's; they may be donated as soon as this returns.
 
-        Raises :class:`BlockIdError`, :class:`SlotError`, :class:`CacheMismatchError`,
-        :class:`DeletedCacheError`, :class:`PoolClosedError` or :class:`PoolForkedError`.
+        Raises ``BlockIdError``, ``SlotError``, ``CacheMismatchError``,
+        ``DeletedCacheError``, ``PoolClosedError`` or ``PoolForkedError``.
         """
         slots = tuple(slots)
         leaves = self._leaves(kv_caches, group)
@@ -164,7 +164,7 @@ class BlockTransfer:
     ) -> tuple[KVCaches, Ticket]:
         """Copy chunks back into blocks of ``group``, in place. Go on with the caches returned.
 
-        Arguments and errors as for :meth:`offload`; a block named twice is a :class:`BlockIdError`. The
+        Arguments and errors as for ``offload``; a block named twice is a ``BlockIdError``. The
         leaves of the group are consumed. Where something else holds one (a NumPy view does), XLA copies it
         whole first; then ``num_copied_leaves`` counts and the first time is logged.
         """

@@ -34,7 +34,7 @@ def bucket_size(count: int) -> int:
 
 
 def only_device(leaves: Sequence[jax.Array]) -> jax.Device:
-    """The device that holds all ``leaves``; :class:`CacheMismatchError` if there is not just one."""
+    """The device that holds all ``leaves``; ``CacheMismatchError`` if there is not just one."""
     if any(issubclass(kind, jax.core.Tracer) for kind in set(map(type, leaves))):
         raise CacheMismatchError(
             "a BlockTransfer moves concrete arrays and cannot be called inside jit; "
@@ -50,7 +50,7 @@ def only_device(leaves: Sequence[jax.Array]) -> jax.Device:
 
 
 def check_block_ids(block_ids: ArrayLike, num_blocks: int) -> npt.NDArray[np.int32]:
-    """``block_ids`` as int32, if every one is -1 or in ``range(num_blocks)``; else :class:`BlockIdError`."""
+    """``block_ids`` as int32, if every one is -1 or in ``range(num_blocks)``; else ``BlockIdError``."""
     try:
         ids = np.asarray(block_ids)
     except (TypeError, ValueError) as error:
@@ -71,7 +71,7 @@ def check_block_ids(block_ids: ArrayLike, num_blocks: int) -> npt.NDArray[np.int
 
 
 def check_no_repeats(block_ids: npt.NDArray[np.int32]) -> None:
-    """Raises :class:`BlockIdError` if a block is named twice: which bytes it should hold would be open."""
+    """Raises ``BlockIdError`` if a block is named twice: which bytes it should hold would be open."""
     ids = np.sort(block_ids[block_ids >= 0])
     repeated = np.flatnonzero(ids[1:] == ids[:-1])
     if repeated.size:
@@ -79,13 +79,13 @@ def check_no_repeats(block_ids: npt.NDArray[np.int32]) -> None:
 
 
 def check_first_block(first_block: int) -> None:
-    """Raises :class:`BlockIdError` unless ``first_block`` is a whole number, 0 or more."""
+    """Raises ``BlockIdError`` unless ``first_block`` is a whole number, 0 or more."""
     if not isinstance(first_block, int | np.integer) or first_block < 0:
         raise BlockIdError(f"first_block counts from the first chunk and cannot be {first_block!r}")
 
 
 def check_slots(slots: Sequence[Slot], slot_bytes: int, num_entries: int, blocks_per_chunk: int) -> None:
-    """Raises :class:`SlotError` unless ``slots`` are enough chunks of the right size."""
+    """Raises ``SlotError`` unless ``slots`` are enough chunks of the right size."""
     needed = -(-num_entries // blocks_per_chunk)
     if needed > len(slots):
         raise SlotError(
@@ -101,7 +101,7 @@ def check_slots(slots: Sequence[Slot], slot_bytes: int, num_entries: int, blocks
 
 
 def check_slots_differ(slots: Sequence[Slot]) -> None:
-    """Raises :class:`SlotError` if a slot is named twice: two chunks would be written over each other."""
+    """Raises ``SlotError`` if a slot is named twice: two chunks would be written over each other."""
     if len({slot.offset for slot in slots}) != len(slots):
         raise SlotError("a slot is named twice in one offload; give each chunk a slot of its own")
 

@@ -93,7 +93,7 @@ def restore(
 ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
     """Copy records of the pool at ``addresses[j]`` to ``block_ids[j]``; returns ``(token, status, leaves)``.
 
-    Arguments as for :func:`offload`. Donate the leaves to have them written in place. Of a repeated id the
+    Arguments as for ``offload``. Donate the leaves to have them written in place. Of a repeated id the
     first counts.
     """
     token_out, status, *written = _pool_call(RESTORE, pool, leaves, pages, hands_on=True)(
@@ -110,7 +110,7 @@ def read_blocks(
     addresses: ArrayLike,
     pages: GroupPages,
 ) -> jax.Array:
-    """As :func:`offload`, but a plain read: returns the status alone, which must be used for it to happen.
+    """As ``offload``, but a plain read: returns the status alone, which must be used for it to happen.
 
     Leaves that are neither donated nor returned are not copied either, so this is the form for a program that
     does nothing else.

@@ -21,7 +21,7 @@ Status = npt.NDArray[np.int32]
 
 
 def gather_pages(leaves: Sequence[Bytes], block_ids: Ids, pages: GroupPages) -> Bytes:
-    """As :func:`jaxkv.transfer.ops.gather_pages`."""
+    """As ``jaxkv.transfer.ops.gather_pages``."""
     staging = np.zeros((len(block_ids), pages.record_bytes), np.uint8)
     for record, block in zip(staging, block_ids, strict=True):
         if 0 <= block < pages.num_blocks:
@@ -30,21 +30,21 @@ def gather_pages(leaves: Sequence[Bytes], block_ids: Ids, pages: GroupPages) -> 
 
 
 def scatter_pages(staging: Bytes, block_ids: Ids, leaves: Sequence[Bytes], pages: GroupPages) -> Status:
-    """As :func:`jaxkv.transfer.ops.scatter_pages`, in place; returns the status."""
+    """As ``jaxkv.transfer.ops.scatter_pages``, in place; returns the status."""
     return _move_all(block_ids, list(staging), leaves, pages, writes_leaves=True)
 
 
 def offload(
     pool: Bytes, leaves: Sequence[Bytes], block_ids: Ids, addresses: Ids, pages: GroupPages
 ) -> Status:
-    """As :func:`jaxkv.transfer.ops.offload`, to a pool that is an array; returns the status."""
+    """As ``jaxkv.transfer.ops.offload``, to a pool that is an array; returns the status."""
     return _move_all(block_ids, _records(pool, addresses, pages), leaves, pages, writes_leaves=False)
 
 
 def restore(
     pool: Bytes, leaves: Sequence[Bytes], block_ids: Ids, addresses: Ids, pages: GroupPages
 ) -> Status:
-    """As :func:`jaxkv.transfer.ops.restore`, from a pool that is an array, in place; returns the status."""
+    """As ``jaxkv.transfer.ops.restore``, from a pool that is an array, in place; returns the status."""
     return _move_all(block_ids, _records(pool, addresses, pages), leaves, pages, writes_leaves=True)
 
 

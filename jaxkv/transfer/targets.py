@@ -21,7 +21,7 @@ def register_targets() -> None:
     """Register all FFI targets for the CPU platform. Later calls do nothing.
 
     The backend is made first: a handler XLA does not accept must fail alone, not take the backend with it.
-    Raises :class:`NativeError` if the compiled extension does not load.
+    Raises ``NativeError`` if the compiled extension does not load.
     """
     global _registered  # noqa: PLW0603
     with _lock:

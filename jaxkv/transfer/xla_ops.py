@@ -1,6 +1,6 @@
 """The page ops in plain JAX: slower, but at home on every platform. No byte goes through float.
 
-Signatures and meaning as in :mod:`jaxkv.transfer.ops`.
+Signatures and meaning as in ``jaxkv.transfer.ops``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxkv.transfer.status import STATUS_SIZE, StatusEntry
 
 
 def gather_pages(leaves: Sequence[jax.Array], block_ids: jax.Array, pages: GroupPages) -> jax.Array:
-    """As :func:`jaxkv.transfer.ops.gather_pages`."""
+    """As ``jaxkv.transfer.ops.gather_pages``."""
     flat = [_to_bytes(leaf) for leaf in leaves]
     valid = (block_ids >= 0) & (block_ids < pages.num_blocks)
     blocks = jnp.where(valid, block_ids, 0)
@@ -38,7 +38,7 @@ def gather_pages(leaves: Sequence[jax.Array], block_ids: jax.Array, pages: Group
 def scatter_pages(
     staging: jax.Array, block_ids: jax.Array, leaves: Sequence[jax.Array], pages: GroupPages
 ) -> tuple[list[jax.Array], jax.Array]:
-    """As :func:`jaxkv.transfer.ops.scatter_pages`."""
+    """As ``jaxkv.transfer.ops.scatter_pages``."""
     if block_ids.shape[0] == 0:
         return list(leaves), jnp.zeros(STATUS_SIZE, jnp.int32)
     wanted = block_ids != -1
