@@ -2,9 +2,9 @@
 
     python examples/prefill_rate.py --model gemma3-270m --tokens 1406
 
-Every round measures the same prompt three times, one after the other, so that a busy machine slows all alike:
-jitted matrix products with all weights, for the chunks the engine would compute; the engine's prefill with
-nothing cached; and the engine with the prompt in the host pool only. Times are medians over the rounds.
+Every round measures three things, one after the other, so that a busy machine slows all alike: the jitted
+matrix products with all weights, for the chunks the engine would compute; the engine's prefill with nothing
+cached; and the engine with the prompt in the host pool only. Times are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _DEVICE_BYTES, _HOST_BYTES = 2**28, 2**30
 
 @final
 class PlainProducts:
-    """The matrix products a forward pass cannot do without, one jitted call each and nothing in between.
+    """The matrix products a forward pass cannot do without: one jitted program a chunk, nothing in between.
 
     All linear layers for every token, the unembedding for the last one.
     """
@@ -47,19 +47,22 @@ class PlainProducts:
         embedding = model.params["embed_tokens.weight"]
         linear = [w for w in model.params.values() if w.ndim == 2 and w is not embedding]
         self.num_flops = 2 * (sum(chunks) * sum(w.size for w in linear) + embedding.size)
-        self._product = jax.jit(lambda x, weight: x @ weight.T)
-        self._operands: list[tuple[jax.Array, jax.Array]] = []
-        for rows in chunks:
-            inputs = {size: jnp.ones((rows, size)) for size in {w.shape[1] for w in linear}}
-            self._operands += [(inputs[w.shape[1]], w) for w in linear]
-        self._operands.append((jnp.ones((1, embedding.shape[1])), embedding))
+        # One call for all weights was 8 % faster on two cores than one call for each.
+        self._products = jax.jit(lambda inputs, weights: [inputs[w.shape[1]] @ w.T for w in weights])
+        self._calls = [(_inputs(rows, linear), linear) for rows in chunks]
+        self._calls.append((_inputs(1, [embedding]), [embedding]))
 
     def run(self) -> float:
         """Compute all of them; seconds."""
         start = time.perf_counter()
-        for x, weight in self._operands:
-            self._product(x, weight).block_until_ready()
+        for inputs, weights in self._calls:
+            jax.block_until_ready(self._products(inputs, weights))  # type: ignore[no-untyped-call]
         return time.perf_counter() - start
+
+
+def _inputs(rows: int, weights: Sequence[jax.Array]) -> dict[int, jax.Array]:
+    """A (rows, in) array for every width the (out, in) ``weights`` take."""
+    return {w.shape[1]: jnp.ones((rows, w.shape[1])) for w in weights}
 
 
 def attention_flops(model: Gemma3, num_tokens: int) -> int:

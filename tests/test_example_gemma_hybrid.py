@@ -184,3 +184,25 @@ def test_an_interrupt_keeps_the_finished_requests_and_exits_with_130(tmp_path):
     requests = json.loads(out.read_text())["requests"]
     assert len(requests) >= 3
     assert all(len(record["output_ids"]) == 32 for record in requests)
+
+
+def test_resident_memory_stays_under_weights_caches_pool_and_a_fixed_allowance(tmp_path):
+    weights, device, host, allowance = 268_098_176 * 4, 48 << 20, 256 << 20, 3 << 29
+    prompts = tmp_path / "prompts.json"
+    cases = json.loads((DATA / "gemma3_270m_reference.json").read_text())["cases"]
+    prompts.write_text(json.dumps([case for case in cases if case["name"] == "apache-1400-a"]))
+    options = arguments(
+        "tiny_bamba",
+        tmp_path / "result.json",
+        model="gemma3-270m",
+        prompts=prompts,
+        passes=2,
+        max_new_tokens=2,
+        device_bytes=device,
+        host_bytes=host,
+    )
+    command = [sys.executable, str(ROOT / "examples" / "gemma_hybrid.py"), *options]
+    process = os.posix_spawn(sys.executable, command, os.environ)
+    _, status, usage = os.wait4(process, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert weights < usage.ru_maxrss * 1024 < weights + device + host + allowance
