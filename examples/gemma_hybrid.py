@@ -21,7 +21,8 @@ from typing import Any, final
 
 from jaxkv_models.weights import load_model
 
-from jaxkv import ConfigError, JaxKVError, OffloadingConfig, RequestError, parse_bytes
+from jaxkv import JaxKVError, OffloadingConfig, RequestError
+from jaxkv.cli.arguments import count, size
 from jaxkv.serving import EngineConfig, LLMEngine, SamplingParams, build_engine
 
 
@@ -32,22 +33,6 @@ class Prompt:
 
     name: str
     ids: tuple[int, ...]
-
-
-def size(text: str) -> int:
-    """A ``--...-bytes`` argument."""
-    try:
-        return parse_bytes(text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def count(text: str) -> int:
-    """An argument that counts something, at least one."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -150,8 +150,8 @@ def test_bad_options_are_refused_with_a_named_error(name, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"passes": 0}, "must be at least 1"),
-        ({"max_new_tokens": "many"}, "invalid count value"),
+        ({"passes": 0}, "must be a whole number of at least 1, got '0'"),
+        ({"max_new_tokens": "many"}, "must be a whole number of at least 1, got 'many'"),
         ({"host_bytes": "lots"}, "cannot read the size 'lots'"),
         ({"offload": "perhaps"}, "invalid choice"),
         ({"prompts": ABSENT}, "required: --prompts"),

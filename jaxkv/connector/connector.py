@@ -26,7 +26,8 @@ from jaxkv.keys import BlockId, GroupId
 from jaxkv.layout import LayoutHint
 from jaxkv.offload.base import OffloadingSpec
 from jaxkv.offload.claims import claim, release
-from jaxkv.offload.factory import BackendOptions, make_offloading_spec
+from jaxkv.offload.factory import make_offloading_spec
+from jaxkv.offload.options import BackendOptions
 from jaxkv.spec import KVCacheConfig
 
 

@@ -13,7 +13,8 @@ from jaxkv.offload.base import (
     ReqContext,
     TransferJob,
 )
-from jaxkv.offload.factory import BackendOptions, make_offloading_spec
+from jaxkv.offload.factory import make_offloading_spec
+from jaxkv.offload.options import BackendOptions
 from jaxkv.offload.policies import CachePolicy, LRUPolicy
 
 __all__ = [

@@ -2,33 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, final
+from collections.abc import Callable
 
 from jaxkv.errors import ConfigError
-from jaxkv.layout import LayoutHint
 from jaxkv.offload.base import OffloadingSpec
+from jaxkv.offload.options import BackendOptions
 from jaxkv.offload.policies import load_class
-from jaxkv.spec import KVCacheConfig
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class BackendOptions:
-    """What every backend is made from.
-
-    ``hints`` are for ``canonicalize``; ``extra`` is the backend's own business.
-    """
-
-    kv_cache_config: KVCacheConfig
-    host_bytes: int
-    hints: Mapping[str, LayoutHint] = field(default_factory=dict)
-    blocks_per_chunk: int = 1
-    eviction_policy: str = "lru"
-    transfer_backend: str = "auto"
-    enable_events: bool = False
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _make_host(options: BackendOptions) -> OffloadingSpec:

@@ -9,9 +9,9 @@ from jaxkv.errors import CacheMismatchError, ConfigError
 from jaxkv.host_pool import HostPool
 from jaxkv.offload.base import OffloadingSpec
 from jaxkv.offload.claims import claim, release
-from jaxkv.offload.factory import BackendOptions
 from jaxkv.offload.host_manager import HostOffloadingManager
 from jaxkv.offload.host_worker import HostOffloadingWorker
+from jaxkv.offload.options import BackendOptions
 from jaxkv.offload.policies import find_policy
 from jaxkv.transfer import BlockTransfer
 
