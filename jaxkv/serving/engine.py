@@ -162,12 +162,15 @@ class LLMEngine:
             self._guarded_step()
 
     def warmup(self) -> None:
-        """Compile every program a request can need, those of the connector's transfers included."""
+        """Compile every program a request can need, those of the connector's transfers included, and run it.
+
+        A first run costs about as much again as a later one; here it computes padding and writes nothing.
+        """
         shapes = [StepShape(rows, 1, samples=True) for rows in self.config.decode_rows]
         for tokens in self.config.prefill_shapes:
             shapes += [StepShape(1, tokens, samples=True), StepShape(1, tokens, samples=False)]
         for shape in shapes:
-            self._compile(shape)
+            self._run_shape((), shape)
         self.kv_caches = dict(self.connector.warm_up(self.kv_caches, max(self._cache.max_blocks)))
 
     def reset_prefix_cache(self) -> None:
@@ -265,13 +268,17 @@ class LLMEngine:
         self, parts: tuple[ScheduledChunk, ...], tokens: int
     ) -> tuple[tuple[ScheduledChunk, ...], Any, Any]:
         rows = next(rows for rows in self.config.decode_rows if rows >= len(parts))
-        shape = StepShape(rows, tokens, samples=parts[0].samples)
+        return self._run_shape(parts, StepShape(rows, tokens, samples=parts[0].samples))
+
+    def _run_shape(
+        self, parts: tuple[ScheduledChunk, ...], shape: StepShape
+    ) -> tuple[tuple[ScheduledChunk, ...], Any, Any]:
         self._compile(shape)
         batch = make_step_batch(self._cache, parts, shape)
         if not shape.samples:
             self.kv_caches = self._programs.fill(shape, self.kv_caches, batch)
             return (), (), ()
-        sampling = make_sampling_batch(parts, rows)
+        sampling = make_sampling_batch(parts, shape.rows)
         new_tokens, logits, self.kv_caches = self._programs.run(shape, self.kv_caches, batch, sampling)
         return parts, new_tokens, logits
 
