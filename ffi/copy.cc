@@ -29,11 +29,19 @@ bool PageEnd(const PagePlan& plan, int64_t* end) {
          Extend(plan.inner_count, plan.inner_page_stride, end);
 }
 
+// Steps shorter than a run would let two blocks share bytes.
+bool StepsApart(int64_t count, int64_t stride, int64_t run_bytes) {
+  return count == 1 || stride >= run_bytes;
+}
+
 bool LeafEnd(const PagePlan& plan, int64_t* end) {
   *end = plan.leaf_offset;
   return plan.leaf_offset >= 0 && plan.run_bytes >= 1 && !__builtin_add_overflow(*end, plan.run_bytes, end) &&
-         (plan.num_blocks == 1 || plan.block_stride >= plan.run_bytes) &&
-         Extend(plan.num_blocks, plan.block_stride, end) &&
+         plan.num_rows >= 1 && plan.num_blocks % plan.num_rows == 0 &&
+         StepsApart(plan.num_rows, plan.row_stride, plan.run_bytes) &&
+         StepsApart(plan.num_blocks / plan.num_rows, plan.block_stride, plan.run_bytes) &&
+         Extend(plan.num_rows, plan.row_stride, end) &&
+         Extend(plan.num_blocks / plan.num_rows, plan.block_stride, end) &&
          Extend(plan.outer_count, plan.outer_leaf_stride, end) &&
          Extend(plan.inner_count, plan.inner_leaf_stride, end);
 }
@@ -60,14 +68,9 @@ bool FitsInside(const PagePlan& plan, int64_t leaf_bytes, int64_t record_bytes) 
          !__builtin_mul_overflow(page_bytes, plan.run_bytes, &page_bytes) && page_bytes <= record_bytes;
 }
 
-PageCopier::PageCopier(std::vector<PagePlan> plans, std::vector<uint8_t*> leaf_data, int64_t record_bytes)
-    : plans_(std::move(plans)), leaf_data_(std::move(leaf_data)), record_bytes_(record_bytes) {
-  for (const PagePlan& plan : plans_) {
-    int64_t end = 0;
-    PageEnd(plan, &end);
-    covered_bytes_ = std::max(covered_bytes_, end);
-    moved_bytes_ += plan.page_bytes();
-  }
+PageCopier::PageCopier(std::vector<PagePlan> plans, std::vector<uint8_t*> leaf_data, RecordExtent record)
+    : plans_(std::move(plans)), leaf_data_(std::move(leaf_data)), record_(record) {
+  for (const PagePlan& plan : plans_) moved_bytes_ += plan.page_bytes();
 }
 
 // Calls copy_page(plan, leaf bytes of the block, record) for all pages: a record at a time, spread over
@@ -81,7 +84,7 @@ void PageCopier::ForEachPage(const std::vector<BlockMove>& moves, const CopyPage
   const int64_t page_bytes = std::max<int64_t>(moved_bytes_ / num_plans, 1);
   auto leaf_page = [&](int64_t page) {
     const PagePlan& plan = plans_[page % num_plans];
-    return leaf_data_[plan.leaf] + plan.leaf_offset + moves[page / num_plans].block * plan.block_stride;
+    return leaf_data_[plan.leaf] + plan.block_start(moves[page / num_plans].block);
   };
   auto copy_range = [&](int64_t begin, int64_t end) {
     for (int64_t page = begin; page < end; ++page) {
@@ -97,10 +100,9 @@ void PageCopier::ForEachPage(const std::vector<BlockMove>& moves, const CopyPage
 }
 
 void PageCopier::Gather(const std::vector<BlockMove>& moves) const {
-  // Plans that leave no gap move as many bytes as they cover; then only the end of a record is not theirs.
-  const int64_t zero_from = moved_bytes_ == covered_bytes_ ? covered_bytes_ : 0;
   for (const BlockMove& move : moves) {
-    std::memset(move.record + zero_from, 0, static_cast<size_t>(record_bytes_ - zero_from));
+    std::memset(move.record + record_.clear_from, 0,
+                static_cast<size_t>(record_.num_bytes - record_.clear_from));
   }
   ForEachPage(moves, [](const PagePlan& plan, const uint8_t* leaf, uint8_t* record) {
     CopyRuns(plan, record + plan.record_offset, plan.outer_page_stride, plan.inner_page_stride, leaf,

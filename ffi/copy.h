@@ -8,10 +8,10 @@
 
 namespace jaxkv {
 
-// Mirror of jaxkv.layout.PagePlan, with the position of its leaf first. Run (o, i) of block b starts at leaf
-// byte
-//   leaf_offset + b * block_stride + o * outer_leaf_stride + i * inner_leaf_stride
-// and at record byte
+// Mirror of jaxkv.page_plan.PagePlan, with the position of its leaf first. With n = num_blocks / num_rows
+// blocks to a row, block b begins at leaf byte
+//   leaf_offset + (b / n) * row_stride + (b % n) * block_stride.
+// From there run (o, i) starts at o * outer_leaf_stride + i * inner_leaf_stride, and in the record at
 //   record_offset + o * outer_page_stride + i * inner_page_stride.
 struct PagePlan {
   int64_t leaf;
@@ -26,11 +26,19 @@ struct PagePlan {
   int64_t inner_count;
   int64_t inner_leaf_stride;
   int64_t inner_page_stride;
+  int64_t num_rows;
+  int64_t row_stride;
 
   int64_t page_bytes() const { return outer_count * inner_count * run_bytes; }
+
+  int64_t block_start(int64_t block) const {
+    if (num_rows == 1) return leaf_offset + block * block_stride;
+    const int64_t blocks_per_row = num_blocks / num_rows;
+    return leaf_offset + block / blocks_per_row * row_stride + block % blocks_per_row * block_stride;
+  }
 };
 
-constexpr int kPagePlanFields = 12;
+constexpr int kPagePlanFields = 14;
 static_assert(sizeof(PagePlan) == kPagePlanFields * sizeof(int64_t), "plans travel as rows of int64");
 
 // One block and the record that holds, or will hold, its pages.
@@ -43,12 +51,19 @@ struct BlockMove {
 // `record_bytes`. Safe for any values.
 bool FitsInside(const PagePlan& plan, int64_t leaf_bytes, int64_t record_bytes);
 
+// What of a record a copier may write: plans stay below num_bytes, and gathering clears all from clear_from
+// on.
+struct RecordExtent {
+  int64_t num_bytes;
+  int64_t clear_from;
+};
+
 // A checked set of plans, ready to copy. `leaf_data[plan.leaf]` is the first byte of a leaf.
 class PageCopier {
  public:
-  PageCopier(std::vector<PagePlan> plans, std::vector<uint8_t*> leaf_data, int64_t record_bytes);
+  PageCopier(std::vector<PagePlan> plans, std::vector<uint8_t*> leaf_data, RecordExtent record);
 
-  // Leaves to records. Bytes of a record that no plan covers become zero.
+  // Leaves to records. Several copiers may fill one record at the same time, where their plans share no byte.
   void Gather(const std::vector<BlockMove>& moves) const;
 
   // Records to leaves. No block may be named twice.
@@ -60,9 +75,8 @@ class PageCopier {
 
   std::vector<PagePlan> plans_;
   std::vector<uint8_t*> leaf_data_;
-  int64_t record_bytes_;
-  int64_t moved_bytes_ = 0;    // bytes the plans of one record move
-  int64_t covered_bytes_ = 0;  // end of the last byte a plan covers
+  RecordExtent record_;
+  int64_t moved_bytes_ = 0;  // bytes the plans of one record move
 };
 
 }  // namespace jaxkv

@@ -32,6 +32,13 @@ struct Leaves {
   std::vector<int64_t> num_bytes;
 };
 
+// What the caller says of records, in bytes, and of the copies.
+struct Geometry {
+  int64_t record_bytes;
+  int64_t clear_from;
+  PlanRows plans;
+};
+
 // FFI counts an element of less than a byte as a whole byte, while buffers hold them packed.
 int64_t BitWidth(ffi::DataType type) {
   switch (type) {
@@ -45,8 +52,11 @@ int64_t BitWidth(ffi::DataType type) {
     case ffi::U4:
     case ffi::F4E2M1FN:
       return 4;
-    default:
-      return 8 * static_cast<int64_t>(ffi::ByteWidth(type));
+    default: {
+      // Types these headers do not know yet, of six bits, take a byte each.
+      const auto num_bytes = static_cast<int64_t>(ffi::ByteWidth(type));
+      return 8 * std::max<int64_t>(num_bytes, 1);
+    }
   }
 }
 
@@ -92,8 +102,10 @@ void HandOnToken(const IdBuffer& token, IdResult& result) {
 }
 
 // The plans of a call, or nothing where they and the leaves contradict each other.
-std::optional<std::vector<PagePlan>> ParsePlans(PlanRows rows, const Leaves& leaves, int64_t record_bytes) {
+std::optional<std::vector<PagePlan>> ParsePlans(const Geometry& geometry, const Leaves& leaves) {
+  const auto& [record_bytes, clear_from, rows] = geometry;
   if (record_bytes < 1 || rows.size() == 0 || rows.size() % kPagePlanFields != 0) return std::nullopt;
+  if (clear_from < 0 || clear_from > record_bytes) return std::nullopt;
   std::vector<PagePlan> plans(rows.size() / kPagePlanFields);
   std::memcpy(plans.data(), rows.begin(), rows.size() * sizeof(int64_t));
   int64_t free_bytes = record_bytes;
@@ -209,38 +221,41 @@ class PoolRecords {
 enum class Direction { kToPool, kFromPool };
 
 void MoveThroughPool(Direction direction, Tally& tally, const PoolRecords& records,
-                     std::optional<Leaves> leaves, PlanRows rows, int64_t record_bytes) {
+                     std::optional<Leaves> leaves, const Geometry& geometry) {
   if (!records.has_pool()) return tally.RefuseAll(kNoPool);
-  auto plans = leaves ? ParsePlans(rows, *leaves, record_bytes) : std::nullopt;
+  auto plans = leaves ? ParsePlans(geometry, *leaves) : std::nullopt;
   if (!plans) return tally.RefuseAll(kBadGeometry);
   const auto moves = tally.Collect(*plans, direction == Direction::kFromPool, records);
-  const PageCopier copier(std::move(*plans), std::move(leaves->data), record_bytes);
+  const PageCopier copier(std::move(*plans), std::move(leaves->data),
+                          {geometry.record_bytes, geometry.clear_from});
   direction == Direction::kToPool ? copier.Gather(moves) : copier.Scatter(moves);
 }
 
 // Without results for the leaves, offload is a plain read and leaves them to their owner.
-ffi::Error Offload(int64_t pool_id, int64_t record_bytes, PlanRows rows, IdBuffer ids, IdBuffer addresses,
-                   IdBuffer token, ffi::RemainingArgs args, IdResult token_out, IdResult status,
-                   ffi::RemainingRets results) {
+ffi::Error Offload(int64_t pool_id, int64_t record_bytes, int64_t clear_from, PlanRows rows, IdBuffer ids,
+                   IdBuffer addresses, IdBuffer token, ffi::RemainingArgs args, IdResult token_out,
+                   IdResult status, ffi::RemainingRets results) {
+  const Geometry geometry{record_bytes, clear_from, rows};
   HandOnToken(token, token_out);
   Report(ids, status, [&](Tally& tally) {
     auto leaves = results.size() == 0 ? ReadLeaves(args) : HandOnLeaves(args, results);
     if (addresses.element_count() != ids.element_count()) return tally.RefuseAll(kBadGeometry);
     const PoolRecords records(pool_id, token, addresses, record_bytes);
-    MoveThroughPool(Direction::kToPool, tally, records, std::move(leaves), rows, record_bytes);
+    MoveThroughPool(Direction::kToPool, tally, records, std::move(leaves), geometry);
   });
   return ffi::Error::Success();
 }
 
-ffi::Error Restore(int64_t pool_id, int64_t record_bytes, PlanRows rows, IdBuffer ids, IdBuffer addresses,
-                   IdBuffer token, ffi::RemainingArgs args, IdResult token_out, IdResult status,
-                   ffi::RemainingRets results) {
+ffi::Error Restore(int64_t pool_id, int64_t record_bytes, int64_t clear_from, PlanRows rows, IdBuffer ids,
+                   IdBuffer addresses, IdBuffer token, ffi::RemainingArgs args, IdResult token_out,
+                   IdResult status, ffi::RemainingRets results) {
+  const Geometry geometry{record_bytes, clear_from, rows};
   HandOnToken(token, token_out);
   Report(ids, status, [&](Tally& tally) {
     auto leaves = HandOnLeaves(args, results);
     if (addresses.element_count() != ids.element_count()) return tally.RefuseAll(kBadGeometry);
     const PoolRecords records(pool_id, token, addresses, record_bytes);
-    MoveThroughPool(Direction::kFromPool, tally, records, std::move(leaves), rows, record_bytes);
+    MoveThroughPool(Direction::kFromPool, tally, records, std::move(leaves), geometry);
   });
   return ffi::Error::Success();
 }
@@ -259,30 +274,32 @@ class StagedRecords {
   const int64_t record_bytes_;
 };
 
-ffi::Error GatherPages(int64_t record_bytes, PlanRows rows, IdBuffer ids, ffi::RemainingArgs args,
-                       ByteResult staging, IdResult status) {
+ffi::Error GatherPages(int64_t record_bytes, int64_t clear_from, PlanRows rows, IdBuffer ids,
+                       ffi::RemainingArgs args, ByteResult staging, IdResult status) {
+  const Geometry geometry{record_bytes, clear_from, rows};
   // What is skipped or refused leaves zeros, never whatever the memory held before.
   std::memset(staging->typed_data(), 0, staging->element_count());
   Report(ids, status, [&](Tally& tally) {
     auto leaves = ReadLeaves(args);
-    auto plans = leaves ? ParsePlans(rows, *leaves, record_bytes) : std::nullopt;
+    auto plans = leaves ? ParsePlans(geometry, *leaves) : std::nullopt;
     if (!plans) return tally.RefuseAll(kBadGeometry);
     const StagedRecords records(staging->typed_data(), staging->dimensions(), record_bytes);
     const auto moves = tally.Collect(*plans, /*writes_leaves=*/false, records);
-    PageCopier(std::move(*plans), std::move(leaves->data), record_bytes).Gather(moves);
+    PageCopier(std::move(*plans), std::move(leaves->data), {record_bytes, clear_from}).Gather(moves);
   });
   return ffi::Error::Success();
 }
 
-ffi::Error ScatterPages(int64_t record_bytes, PlanRows rows, ByteBuffer staging, IdBuffer ids,
-                        ffi::RemainingArgs args, IdResult status, ffi::RemainingRets results) {
+ffi::Error ScatterPages(int64_t record_bytes, int64_t clear_from, PlanRows rows, ByteBuffer staging,
+                        IdBuffer ids, ffi::RemainingArgs args, IdResult status, ffi::RemainingRets results) {
+  const Geometry geometry{record_bytes, clear_from, rows};
   Report(ids, status, [&](Tally& tally) {
     auto leaves = HandOnLeaves(args, results);
-    auto plans = leaves ? ParsePlans(rows, *leaves, record_bytes) : std::nullopt;
+    auto plans = leaves ? ParsePlans(geometry, *leaves) : std::nullopt;
     if (!plans) return tally.RefuseAll(kBadGeometry);
     const StagedRecords records(staging.typed_data(), staging.dimensions(), record_bytes);
     const auto moves = tally.Collect(*plans, /*writes_leaves=*/true, records);
-    PageCopier(std::move(*plans), std::move(leaves->data), record_bytes).Scatter(moves);
+    PageCopier(std::move(*plans), std::move(leaves->data), {record_bytes, clear_from}).Scatter(moves);
   });
   return ffi::Error::Success();
 }
@@ -291,6 +308,7 @@ auto BindPoolOp() {
   return ffi::Ffi::Bind()
       .Attr<int64_t>("pool_id")
       .Attr<int64_t>("record_bytes")
+      .Attr<int64_t>("clear_from")
       .Attr<PlanRows>("plans")
       .Arg<IdBuffer>()  // block ids
       .Arg<IdBuffer>()  // addresses
@@ -301,7 +319,9 @@ auto BindPoolOp() {
       .RemainingRets();
 }
 
-auto BindPageOp() { return ffi::Ffi::Bind().Attr<int64_t>("record_bytes").Attr<PlanRows>("plans"); }
+auto BindPageOp() {
+  return ffi::Ffi::Bind().Attr<int64_t>("record_bytes").Attr<int64_t>("clear_from").Attr<PlanRows>("plans");
+}
 
 }  // namespace
 

@@ -1,9 +1,14 @@
 // The Python module: registers what the other files define and names their errors. Decides nothing.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
 
 #include <memory>
+#include <optional>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "handlers.h"
@@ -16,11 +21,6 @@ namespace {
 
 using Bytes = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>;
 
-class ClosedError : public std::runtime_error {
- public:
-  using std::runtime_error::runtime_error;
-};
-
 class ForkedError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
@@ -31,20 +31,35 @@ class ArenaHandle {
  public:
   explicit ArenaHandle(int64_t num_bytes) {
     nb::gil_scoped_release unlocked;
-    auto arena = std::make_shared<Arena>(num_bytes);
-    num_bytes_ = arena->num_bytes();
-    huge_pages_ = arena->huge_pages();
-    key_ = PoolRegistry::Global().Add(std::move(arena));
+    Register(std::make_shared<Arena>(num_bytes));
+  }
+
+  // An arena that other processes find by this process, the file descriptor and the nonce, until it is
+  // closed.
+  static std::unique_ptr<ArenaHandle> CreateShared(int64_t num_bytes, const std::string& nonce) {
+    nb::gil_scoped_release unlocked;
+    SharedFile file = SharedFile::Create(num_bytes, nonce);
+    auto arena = std::make_shared<Arena>(file);
+    return std::unique_ptr<ArenaHandle>(new ArenaHandle(std::move(arena), std::move(file)));
+  }
+
+  // The arena of another process.
+  static std::unique_ptr<ArenaHandle> Attach(pid_t pid, int fd, int64_t num_bytes, const std::string& nonce) {
+    nb::gil_scoped_release unlocked;
+    auto arena = std::make_shared<Arena>(SharedFile::Open(pid, fd, num_bytes, nonce));
+    return std::unique_ptr<ArenaHandle>(new ArenaHandle(std::move(arena), std::nullopt));
   }
 
   ~ArenaHandle() { Close(); }
 
   // The memory goes back when the last copy or view that uses it ends.
   void Close() {
+    file_.reset();
     nb::gil_scoped_release unlocked;
     PoolRegistry::Global().Remove(key_);
   }
 
+  std::optional<int> shared_fd() const { return file_ ? std::optional<int>(file_->fd()) : std::nullopt; }
   bool closed() const { return PoolRegistry::Global().Find(key_) == nullptr; }
   int64_t pool_id() const { return key_.id; }
   int32_t generation() const { return key_.generation; }
@@ -66,9 +81,20 @@ class ArenaHandle {
   }
 
  private:
+  ArenaHandle(std::shared_ptr<Arena> arena, std::optional<SharedFile> file) : file_(std::move(file)) {
+    Register(std::move(arena));
+  }
+
+  void Register(std::shared_ptr<Arena> arena) {
+    num_bytes_ = arena->num_bytes();
+    huge_pages_ = arena->huge_pages();
+    key_ = PoolRegistry::Global().Add(std::move(arena));
+  }
+
   PoolKey key_;
   int64_t num_bytes_;
   bool huge_pages_;
+  std::optional<SharedFile> file_;  // Open while other processes may attach.
 };
 
 template <typename Handler>
@@ -106,13 +132,17 @@ NB_MODULE(_native, module) {
   nb::register_exception_translator(TranslateErrors);
   nb::class_<ArenaHandle>(module, "Arena")
       .def(nb::init<int64_t>(), nb::arg("num_bytes"))
+      .def_static("create_shared", &ArenaHandle::CreateShared, nb::arg("num_bytes"), nb::arg("nonce"))
+      .def_static("attach", &ArenaHandle::Attach, nb::arg("pid"), nb::arg("fd"), nb::arg("num_bytes"),
+                  nb::arg("nonce"))
       .def("close", &ArenaHandle::Close)
       .def("view", &ArenaHandle::View, nb::arg("offset"), nb::arg("num_bytes"))
       .def_prop_ro("closed", &ArenaHandle::closed)
       .def_prop_ro("pool_id", &ArenaHandle::pool_id)
       .def_prop_ro("generation", &ArenaHandle::generation)
       .def_prop_ro("num_bytes", &ArenaHandle::num_bytes)
-      .def_prop_ro("huge_pages", &ArenaHandle::huge_pages);
+      .def_prop_ro("huge_pages", &ArenaHandle::huge_pages)
+      .def_prop_ro("shared_fd", &ArenaHandle::shared_fd);
   module.def("ffi_targets", &FfiTargets);
 }
 

@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 namespace jaxkv {
@@ -18,18 +19,51 @@ class AllocationError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// The pool that was named is not there any more.
+class ClosedError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// Memory that several processes map: a memfd that nobody can resize. It has no name in any directory, so the
+// kernel takes it back when the last process that maps it or holds it open has ended, however it ended.
+class SharedFile {
+ public:
+  // `num_bytes` is rounded up to whole 4 KiB pages. `nonce` tells this file from every other. Throws
+  // AllocationError.
+  static SharedFile Create(int64_t num_bytes, const std::string& nonce);
+  // The file that process `pid` has open as `fd`. Throws ClosedError if that is not the file created with
+  // this nonce, AllocationError if it is of another size or the system refuses.
+  static SharedFile Open(pid_t pid, int fd, int64_t num_bytes, const std::string& nonce);
+  ~SharedFile();
+  SharedFile(SharedFile&& other) noexcept;
+  SharedFile(const SharedFile&) = delete;
+  SharedFile& operator=(const SharedFile&) = delete;
+
+  int fd() const { return fd_; }
+  int64_t num_bytes() const { return num_bytes_; }
+
+ private:
+  SharedFile(int fd, int64_t num_bytes) : fd_(fd), num_bytes_(num_bytes) {}
+
+  int fd_;
+  int64_t num_bytes_;
+};
+
 // One arena of host memory, page aligned, touched and therefore resident, on huge pages where there are any.
 class Arena {
  public:
-  // `num_bytes` is rounded up to whole 4 KiB pages. Throws AllocationError.
+  // Memory of this process alone. `num_bytes` is rounded up to whole 4 KiB pages. Throws AllocationError.
   explicit Arena(int64_t num_bytes);
+  // All of a shared file, which need not stay open. What it holds is left as it is. Throws AllocationError.
+  explicit Arena(const SharedFile& file);
   ~Arena();
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 
   uint8_t* data() const { return data_; }
   int64_t num_bytes() const { return num_bytes_; }
-  // Whether the kernel accepted the advice to use huge pages.
+  // Whether the kernel accepted the advice to use huge pages, and for shared memory uses them at all.
   bool huge_pages() const { return huge_pages_; }
   // False in a forked child, whose copy of the memory is not the pool any more.
   bool owned_by_this_process() const;

@@ -25,20 +25,26 @@ from jaxkv.errors import (
 )
 from jaxkv.host_pool import HostPool
 from jaxkv.layout import LayoutHint
+from jaxkv.pool_handle import PoolHandle
+from jaxkv.shared_pool import AttachedPool
 from jaxkv.spec import (
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
     MambaSpec,
+    MLAAttentionSpec,
     SlidingWindowSpec,
 )
 from jaxkv.transfer import BlockTransfer
 
 __all__ = [
+    "AttachedPool",
     "BlockIdError",
     "BlockTransfer",
     "CacheMismatchError",
     "CanonicalKVCaches",
+    "ChunkedLocalAttentionSpec",
     "ConfigError",
     "DeletedCacheError",
     "FullAttentionSpec",
@@ -47,6 +53,7 @@ __all__ = [
     "KVCacheConfig",
     "KVCacheGroupSpec",
     "LayoutHint",
+    "MLAAttentionSpec",
     "MambaSpec",
     "NativeError",
     "OffloadingConfig",
@@ -55,6 +62,7 @@ __all__ = [
     "PoolError",
     "PoolForkedError",
     "PoolFull",
+    "PoolHandle",
     "PoolInUseError",
     "RequestError",
     "SlidingWindowSpec",

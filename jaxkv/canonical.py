@@ -8,8 +8,8 @@ each call passes the arrays of that moment.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any, final
 
@@ -18,12 +18,14 @@ import numpy as np
 
 from jaxkv.errors import CacheMismatchError, ConfigError
 from jaxkv.keys import GroupId
-from jaxkv.layout import BlockView, LayerPage, LayoutHint, PagePlan, find_layer_pages, plan_page
-from jaxkv.pytree import LeafPositions, find_leaves, identify_arrays
+from jaxkv.layer_pages import find_layer_pages
+from jaxkv.layout import BlockView, LayoutHint
+from jaxkv.pytree import LeafPositions, find_leaves, inspect_arrays, inspect_shapes
+from jaxkv.records import GroupPages, GroupRecord, PlacedPage, plan_local, plan_record
 from jaxkv.spec import KVCacheConfig, KVCacheGroupSpec, LayerSpec
 
-RECORD_ALIGNMENT = 512
-"""A block record takes a multiple of this many bytes, so that a 32-bit address reaches 1 TiB of pool."""
+Hints = Mapping[str, LayoutHint | Sequence[LayoutHint]]
+"""By layer name: one hint for all leaves of the layer, or one for each in leaf order."""
 
 
 @final
@@ -47,45 +49,25 @@ class CanonicalRef:
 
 @final
 @dataclass(frozen=True, slots=True)
-class PagePlacement:
-    """One page of a block record: the index of its leaf among the unique leaves, and the copy."""
-
-    leaf: int
-    plan: PagePlan
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class GroupPages:
-    """Where the pages of one group lie. The record of a block is its pages, one after another.
-
-    ``leaves`` are the unique leaves the group touches, in the order of first use. ``block_bytes`` is what one
-    block really holds, ``record_bytes`` what its record takes: a multiple of ``RECORD_ALIGNMENT``.
-    """
-
-    num_blocks: int
-    placements: tuple[PagePlacement, ...]
-    leaves: tuple[int, ...]
-    block_bytes: int
-    record_bytes: int
-
-
-@final
-@dataclass(frozen=True, slots=True)
 class CanonicalKVCaches:
     """The layout of one model's caches (vLLM: ``CanonicalKVCaches``). Holds no array.
 
     ``tensors`` has one entry per unique leaf; ``group_data_refs[g]`` and ``groups[g].placements`` go in layer
-    order, then leaf order. ``fingerprint`` names everything that decides what the bytes of a block mean, and
-    leaves out the number of blocks: equal fingerprints may exchange blocks.
+    order, then leaf order. Both, and ``groups``, say what one device holds: with caches on a mesh, its shard.
+    ``records[g]`` says what a slot of a host pool holds of a block, whichever devices share it.
+    ``fingerprint`` names everything that decides what the bytes of a record mean, and leaves out the number
+    of blocks: equal fingerprints may exchange blocks. ``per_shard_layers`` says, by layer name, why a layer's
+    pages depend on the number of devices although portable pages were asked for.
     """
 
     config: KVCacheConfig
     tensors: tuple[CanonicalTensor, ...]
     group_data_refs: tuple[tuple[CanonicalRef, ...], ...]
     groups: tuple[GroupPages, ...]
+    records: tuple[GroupRecord, ...]
     fingerprint: str
     positions: LeafPositions
+    per_shard_layers: Mapping[str, str] = field(hash=False)
 
     def leaves(self, kv_caches: Mapping[str, Any]) -> list[jax.Array]:
         """The unique leaves of ``kv_caches``, which must be shaped as the caches that were registered.
@@ -119,54 +101,54 @@ class CanonicalKVCaches:
 def canonicalize(
     kv_caches: Mapping[str, Any],
     config: KVCacheConfig,
-    hints: Mapping[str, LayoutHint] | None = None,
+    hints: Hints | None = None,
+    *,
+    portable_pages: bool = False,
+    processes: Collection[int] | None = None,
 ) -> CanonicalKVCaches:
     """Derive the layout of ``kv_caches``: ``{layer_name: leaf | tuple of leaves | dict of leaves}``.
 
-    Leaves that are one buffer become one tensor. ``hints`` by layer name say what shapes cannot.
+    Leaves that are one buffer become one tensor. ``hints`` by layer name say what shapes cannot. On a mesh,
+    ``num_blocks`` of the config counts the blocks of one data shard, and its specs describe the whole model.
+    With ``portable_pages`` records hold the pages of the unsharded cache where that can be proven.
+    ``processes`` are those that share the host pool, by default this one alone.
+
     Raises ``CacheMismatchError``, ``DeletedCacheError`` or ``ConfigError`` on the first thing
     that is not exactly as ``config`` says.
     """
-    positions = find_leaves(kv_caches, config, identify_arrays)
-    return _derive(positions, config, hints or {})
+    positions = find_leaves(kv_caches, config, inspect_arrays(processes))
+    return _derive(positions, config, hints or {}, portable_pages=portable_pages)
 
 
 def canonicalize_shapes(
-    kv_caches: Mapping[str, Any],
-    config: KVCacheConfig,
-    hints: Mapping[str, LayoutHint] | None = None,
+    kv_caches: Mapping[str, Any], config: KVCacheConfig, hints: Hints | None = None
 ) -> CanonicalKVCaches:
     """As ``canonicalize`` for leaves that only have ``shape`` and ``dtype`` (``jax.ShapeDtypeStruct``).
 
-    The same object in two places is one leaf.
+    The same object in two places is one leaf; all count as whole on one device.
     """
-    positions = find_leaves(kv_caches, config, _one_object_one_leaf)
-    return _derive(positions, config, hints or {})
-
-
-def _one_object_one_leaf(leaves: Sequence[Any], labels: Sequence[str]) -> list[int]:
-    del labels
-    return [id(leaf) for leaf in leaves]
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class _PlacedPage:
-    layer_name: str
-    leaf: int
-    part: LayerPage
+    positions = find_leaves(kv_caches, config, inspect_shapes)
+    return _derive(positions, config, hints or {}, portable_pages=False)
 
 
 def _derive(
-    positions: LeafPositions, config: KVCacheConfig, hints: Mapping[str, LayoutHint]
+    positions: LeafPositions, config: KVCacheConfig, hints: Hints, *, portable_pages: bool
 ) -> CanonicalKVCaches:
     unknown = sorted(set(hints) - set(positions.of_layer))
     if unknown:
         raise ConfigError(f"hints name layers that no group has: {unknown}; name layers of the config")
     placed = [_place_pages(group, positions, hints) for group in config.groups]
+    per_shard: dict[str, str] = {}
+    if portable_pages:
+        placed = [[_make_portable(page, per_shard) for page in group] for group in placed]
     views: dict[int, BlockView] = {}
     for page in (page for group in placed for page in group):
         views.setdefault(page.leaf, page.part.view)
+    unique = positions.unique
+    groups = [
+        plan_local(group.num_blocks, pages, unique)
+        for group, pages in zip(config.groups, placed, strict=True)
+    ]
     return CanonicalKVCaches(
         config=config,
         tensors=tuple(CanonicalTensor(v.num_blocks, v.block_bytes) for _, v in sorted(views.items())),
@@ -174,29 +156,50 @@ def _derive(
             tuple(CanonicalRef(page.leaf, len(page.part.page), page.layer_name) for page in group)
             for group in placed
         ),
-        groups=tuple(
-            _plan_group(group.num_blocks, pages, positions)
-            for group, pages in zip(config.groups, placed, strict=True)
-        ),
+        groups=tuple(groups),
+        records=tuple(plan_record(local, pages, unique) for local, pages in zip(groups, placed, strict=True)),
         fingerprint=_fingerprint(config, placed, positions),
         positions=positions,
+        per_shard_layers=per_shard,
     )
 
 
-def _place_pages(
-    group: KVCacheGroupSpec, positions: LeafPositions, hints: Mapping[str, LayoutHint]
-) -> list[_PlacedPage]:
-    placed: list[_PlacedPage] = []
+def _make_portable(page: PlacedPage, per_shard: dict[str, str]) -> PlacedPage:
+    reason = page.part.why_per_shard
+    if reason is None and len(page.held_shards) < page.part.view.num_shards:
+        reason = (
+            f"{len(page.held_shards)} of {page.part.view.num_shards} parts of each block lie on devices of "
+            "the processes that share the pool; share it between all of them"
+        )
+    if reason is not None:
+        per_shard.setdefault(page.layer_name, reason)
+    return replace(page, is_portable=reason is None)
+
+
+def _place_pages(group: KVCacheGroupSpec, positions: LeafPositions, hints: Hints) -> list[PlacedPage]:
+    placed: list[PlacedPage] = []
     for name in group.layer_names:
         leaves = positions.of_layer[name]
         described = [positions.unique[leaf] for leaf in leaves]
-        parts = find_layer_pages(group.spec, described, group.num_blocks, hints.get(name, LayoutHint()))
-        placed += [_PlacedPage(name, leaf, part) for leaf, part in zip(leaves, parts, strict=True)]
+        parts = find_layer_pages(group.spec, described, group.num_blocks, _hints_of(name, len(leaves), hints))
+        placed += [PlacedPage(name, leaf, part) for leaf, part in zip(leaves, parts, strict=True)]
     _require_disjoint(placed, positions)
     return placed
 
 
-def _require_disjoint(placed: Sequence[_PlacedPage], positions: LeafPositions) -> None:
+def _hints_of(layer_name: str, num_leaves: int, hints: Hints) -> Sequence[LayoutHint]:
+    given = hints.get(layer_name, LayoutHint())
+    if isinstance(given, LayoutHint):
+        return [given] * num_leaves
+    if len(given) != num_leaves:
+        raise ConfigError(
+            f"layer {layer_name!r} has {num_leaves} leaves and {len(given)} hints; "
+            "give one LayoutHint for all of them, or one for each in leaf order"
+        )
+    return given
+
+
+def _require_disjoint(placed: Sequence[PlacedPage], positions: LeafPositions) -> None:
     """Pages of one group share no byte. Equal views map blocks alike, so comparing page ranges decides."""
     by_start = sorted(placed, key=lambda page: (page.leaf, page.part.page.start))
     for page, following in pairwise(by_start):
@@ -215,43 +218,34 @@ def _require_disjoint(placed: Sequence[_PlacedPage], positions: LeafPositions) -
             )
 
 
-def _plan_group(num_blocks: int, placed: Sequence[_PlacedPage], positions: LeafPositions) -> GroupPages:
-    placements = []
-    block_bytes = 0
-    for page in placed:
-        plan = plan_page(positions.unique[page.leaf], page.part.view, page.part.page, block_bytes)
-        placements.append(PagePlacement(page.leaf, plan))
-        block_bytes += plan.page_bytes
-    return GroupPages(
-        num_blocks=num_blocks,
-        placements=tuple(placements),
-        leaves=tuple(dict.fromkeys(page.leaf for page in placed)),
-        block_bytes=block_bytes,
-        record_bytes=-(-block_bytes // RECORD_ALIGNMENT) * RECORD_ALIGNMENT,
-    )
-
-
 def _fingerprint(
-    config: KVCacheConfig, placed: Sequence[Sequence[_PlacedPage]], positions: LeafPositions
+    config: KVCacheConfig, placed: Sequence[Sequence[PlacedPage]], positions: LeafPositions
 ) -> str:
     """Digest of what the bytes of a record mean: specs, layers, dtypes, page shapes; not where they lie."""
     lines = []
     for group, pages in zip(config.groups, placed, strict=True):
         lines.append(_describe_spec(group.spec))
-        for page in pages:
-            dtype = positions.unique[page.leaf].dtype.name
-            view, cut = page.part.view, page.part.page
-            lines.append(f"{page.layer_name!r} {dtype}{list(view.page_shape)}[{cut.start}:{cut.stop}]")
+        lines += [_describe_page(page, positions) for page in pages]
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+
+
+def _describe_page(page: PlacedPage, positions: LeafPositions) -> str:
+    leaf, view, cut = positions.unique[page.leaf], page.part.view, page.part.page
+    described = f"{page.layer_name!r} {leaf.dtype.name}{list(view.page_shape)}"
+    if len(cut) != view.block_bytes:
+        described += f"[{cut.start}:{cut.stop}]"
+    if view.num_shards > 1 and not page.is_portable:
+        described += f" in parts {[axis.parts for axis in view.axes]}, of which {list(page.held_shards)}"
+    return described
 
 
 def _describe_spec(spec: LayerSpec) -> str:
     values = []
-    for field in fields(spec):
-        value = getattr(spec, field.name)
-        if field.name == "dtype":
+    for entry in fields(spec):
+        value = getattr(spec, entry.name)
+        if entry.name == "dtype":
             value = np.dtype(value).name
-        elif field.name == "dtypes":
+        elif entry.name == "dtypes":
             value = [np.dtype(dtype).name for dtype in value]
-        values.append(f"{field.name}={value}")
+        values.append(f"{entry.name}={value}")
     return f"{type(spec).__name__}({', '.join(values)})"

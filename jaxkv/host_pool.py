@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import os
+import secrets
 import threading
 import weakref
 from collections import deque
@@ -21,12 +22,14 @@ from jaxkv.errors import (
     ConfigError,
     NativeError,
     PoolClosedError,
+    PoolError,
     PoolForkedError,
     PoolFull,
     PoolInUseError,
     SlotError,
 )
 from jaxkv.memory_limit import available_memory_bytes
+from jaxkv.pool_handle import PoolHandle
 from jaxkv.slabs import SLOT_UNIT_BYTES, SlabAllocator, choose_slab_bytes
 
 if TYPE_CHECKING:
@@ -53,7 +56,10 @@ def load_native() -> ModuleType:
 @final
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A reserved range of a pool. Its ``epoch`` is unique in the process, so a freed slot is found out."""
+    """A reserved range of a pool. Its ``epoch`` is unique in the process, so a freed slot is found out.
+
+    Slots pickle; on the way to other processes and back they stay the same slots.
+    """
 
     offset: int
     num_bytes: int
@@ -68,13 +74,23 @@ class HostPool:
     manager; leaving it with slots in use closes it and raises ``PoolInUseError``. All methods may be
     called from several threads.
 
+    With ``shared=True`` other processes of this host and user can use its slots too: send them ``handle``,
+    with which each opens a ``jaxkv.shared_pool.AttachedPool``, and slots. Reserving and freeing stay here.
+    The memory has no name in any directory, so nothing is left of it once the last process has ended.
+    Views that a forked child inherits are this memory too, where those of a private pool are copies.
+
     Raises ``ConfigError`` for a capacity that is not a positive number of bytes, that is over 1 TiB, or
     that is more than this machine or its control group has left.
     """
 
-    def __init__(self, capacity_bytes: int) -> None:
+    def __init__(self, capacity_bytes: int, *, shared: bool = False) -> None:
         _require_capacity(capacity_bytes)
-        self._arena: Arena = load_native().Arena(capacity_bytes)
+        self._handle: PoolHandle | None = None
+        self._arena: Arena
+        if shared:
+            self._arena, self._handle = _make_shared(capacity_bytes)
+        else:
+            self._arena = load_native().Arena(capacity_bytes)
         self._creator = os.getpid()
         self._lock = threading.Lock()
         self._closed = False
@@ -115,6 +131,19 @@ class HostPool:
     def closed(self) -> bool:
         """Whether the pool can no longer be used."""
         return self._closed
+
+    @property
+    def handle(self) -> PoolHandle:
+        """What other processes attach with, until this pool is closed or this process ends.
+
+        Raises ``PoolError`` for a pool that is not shared.
+        """
+        with self._usable():
+            if self._handle is None:
+                raise PoolError(
+                    "this pool is not shared, so it has no handle; open HostPool(..., shared=True)"
+                )
+            return self._handle
 
     def _close_quietly(self) -> int:
         self._require_own_process()
@@ -283,7 +312,7 @@ class HostPool:
         if os.getpid() != self._creator:
             raise PoolForkedError(
                 f"this host pool belongs to process {self._creator}, not to its child {os.getpid()}; "
-                "open a pool of your own after fork"
+                "open a pool of your own after fork, or attach to this one if it is shared"
             )
 
     def _require_live(self, slot: Slot) -> None:
@@ -334,6 +363,14 @@ class HostPool:
     def _end_views(self) -> None:
         while self._ended_views:
             self._unpin(self._ended_views.popleft())
+
+
+def _make_shared(capacity_bytes: int) -> tuple[Arena, PoolHandle]:
+    nonce = secrets.token_hex(16)
+    arena: Arena = load_native().Arena.create_shared(capacity_bytes, nonce)
+    fd = arena.shared_fd
+    assert fd is not None
+    return arena, PoolHandle(os.getpid(), fd, arena.num_bytes, nonce)
 
 
 def _require_capacity(capacity_bytes: int) -> None:

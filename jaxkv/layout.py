@@ -1,52 +1,77 @@
 """Where the bytes of one block lie inside one cache leaf. Knows shapes and strides; copies nothing.
 
 A page is the bytes of one block in one leaf, in row-major order of the leaf with the block axis taken out.
-It is read and written as a two-level strided copy: ``outer_count`` times ``inner_count`` runs of
-``run_bytes`` each, with strides of their own on the leaf's side and on the page's side.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, assert_never, final
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, final
 
+import jax
 import numpy as np
 
 from jaxkv.errors import CacheMismatchError, ConfigError
-from jaxkv.spec import FullAttentionSpec, LayerSpec, MambaSpec, SlidingWindowSpec, dtype_bits, page_size_bytes
+from jaxkv.page_plan import Loop, PagePlan, cut_loops, merge_loops, plan_loops
+from jaxkv.sharding import Cell, LeafShards, whole_leaf
+from jaxkv.spec import dtype_bits
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class LayoutHint:
-    """What the shape of a layer's leaves cannot say; holds for every leaf of the layer.
+    """What the shape of a leaf cannot say.
 
-    ``block_axis`` is the axis that counts blocks, ``"auto"`` where just one axis has that size.
-    ``kernel_blocks_per_block`` consecutive entries of that axis make one block. ``page_offset_bytes`` and
-    ``page_size_bytes`` cut the layer's page out of a wider row, counted in the row-major bytes of one block;
-    ``None`` stands for what the spec says. Raises ``ConfigError`` on a value that cannot work.
+    ``block_axis`` is the axis that counts blocks, ``"auto"`` where just one axis has that size; a pair
+    ``(row_axis, axis)`` where blocks stand in rows, as in a cache ``[B, L, H, D]`` of whole requests: then
+    block ``b`` is entry ``b % n`` of row ``b // n`` with ``n`` blocks to a row.
+    ``kernel_blocks_per_block`` consecutive entries of (the last) block axis make one block.
+    ``page_offset_bytes`` and ``page_size_bytes`` cut the layer's page out of a wider row, counted in the
+    row-major bytes of one block; ``None`` stands for what the spec says.
+
+    ``head_axis`` is an axis that lists kv heads in order, or anything else of which a slice means the same
+    however many devices share the axis. ``head_copies`` neighbours of it are copies of one head, where there
+    are more devices than heads. Raises ``ConfigError`` on a value that cannot work.
     """
 
-    block_axis: int | Literal["auto"] = "auto"
+    block_axis: int | tuple[int, int] | Literal["auto"] = "auto"
     kernel_blocks_per_block: int = 1
     page_offset_bytes: int = 0
     page_size_bytes: int | None = None
+    head_axis: int | None = None
+    head_copies: int = 1
 
     def __post_init__(self) -> None:
-        if self.block_axis != "auto" and (not isinstance(self.block_axis, int) or self.block_axis < 0):
-            raise ConfigError(f"LayoutHint.block_axis must be 'auto' or 0, 1, ..., got {self.block_axis!r}")
-        if self.kernel_blocks_per_block < 1:
+        axes = () if self.block_axis == "auto" else self.block_axes
+        if not all(isinstance(axis, int) and axis >= 0 for axis in axes) or (
+            self.block_axis != "auto" and not 1 <= len(set(axes)) == len(axes) <= 2
+        ):
             raise ConfigError(
-                f"LayoutHint.kernel_blocks_per_block must be at least 1, got {self.kernel_blocks_per_block}"
+                f"LayoutHint.block_axis must be 'auto', 0, 1, ... or two of these, got {self.block_axis!r}"
             )
+        for name in ("kernel_blocks_per_block", "head_copies"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"LayoutHint.{name} must be at least 1, got {getattr(self, name)}")
         if self.page_offset_bytes < 0:
             raise ConfigError(
                 f"LayoutHint.page_offset_bytes must not be negative, got {self.page_offset_bytes}"
             )
         if self.page_size_bytes is not None and self.page_size_bytes < 1:
             raise ConfigError(f"LayoutHint.page_size_bytes must be at least 1, got {self.page_size_bytes}")
+        if self.head_axis is not None and self.head_axis < 0:
+            raise ConfigError(f"LayoutHint.head_axis must be 0, 1, ..., got {self.head_axis}")
+        if self.head_axis is not None and self.head_axis in axes:
+            raise ConfigError(f"LayoutHint.head_axis {self.head_axis} is a block axis already")
+        if self.head_copies > 1 and self.head_axis is None:
+            raise ConfigError("LayoutHint.head_copies needs head_axis: the axis on which the copies stand")
+
+    @property
+    def block_axes(self) -> tuple[int, ...]:
+        """``block_axis`` as a tuple. Only where it is not ``"auto"``."""
+        assert self.block_axis != "auto"
+        return (self.block_axis,) if isinstance(self.block_axis, int) else tuple(self.block_axis)
 
     @property
     def cuts_row(self) -> bool:
@@ -57,11 +82,16 @@ class LayoutHint:
 @final
 @dataclass(frozen=True, slots=True)
 class CacheLeaf:
-    """What layout derivation knows of one array: a name for messages, its shape and its dtype."""
+    """What layout derivation knows of one array: a name for messages, its shape, dtype and place.
+
+    ``sharding`` is ``None`` for a leaf that lies whole on one device.
+    """
 
     label: str
     shape: tuple[int, ...]
     dtype: np.dtype[np.generic]
+    shards: LeafShards
+    sharding: jax.sharding.Sharding | None = field(default=None)
 
     def __str__(self) -> str:
         return f"{self.label} ({self.dtype.name}{list(self.shape)})"
@@ -71,250 +101,211 @@ class CacheLeaf:
         """Whether the leaf holds plain bytes, which may stand for any dtype."""
         return self.dtype == np.uint8
 
+    @property
+    def element_bits(self) -> int:
+        """What one element takes in memory."""
+        return dtype_bits(self.dtype)
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """The shape of what one device holds."""
+        return self.shards.local_shape(self.shape)
+
+
+def whole_cache_leaf(label: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> CacheLeaf:
+    """A leaf that lies whole on one device."""
+    return CacheLeaf(label, shape, dtype, whole_leaf(len(shape)))
+
 
 @final
 @dataclass(frozen=True, slots=True)
-class PagePlan:
-    """The copy of one page between a leaf and its place in a block record. All fields are bytes or counts.
+class PageAxis:
+    """One axis of a page: how many entries a device holds, their distance there, over how many parts."""
 
-    Run ``(o, i)`` of block ``b`` starts at leaf byte
-    ``leaf_offset + b * block_stride + o * outer_leaf_stride + i * inner_leaf_stride`` and at record byte
-    ``record_offset + o * outer_page_stride + i * inner_page_stride``.
-    """
-
-    num_blocks: int
-    block_stride: int
-    run_bytes: int
-    leaf_offset: int = 0
-    record_offset: int = 0
-    outer_count: int = 1
-    outer_leaf_stride: int = 0
-    outer_page_stride: int = 0
-    inner_count: int = 1
-    inner_leaf_stride: int = 0
-    inner_page_stride: int = 0
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one page."""
-        return self.outer_count * self.inner_count * self.run_bytes
-
-    def runs(self, block: int) -> Iterator[tuple[int, int]]:
-        """Leaf byte and record byte at which each run of ``block`` starts, in page order."""
-        start = self.leaf_offset + block * self.block_stride
-        for o in range(self.outer_count):
-            for i in range(self.inner_count):
-                yield (
-                    start + o * self.outer_leaf_stride + i * self.inner_leaf_stride,
-                    self.record_offset + o * self.outer_page_stride + i * self.inner_page_stride,
-                )
+    leaf_axis: int
+    count: int
+    stride_bits: int
+    parts: int = 1
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class BlockView:
-    """A leaf seen as ``num_blocks`` blocks, each ``num_runs`` runs of ``run_bytes`` contiguous bytes.
+    """What one device holds of a leaf, seen as ``num_blocks`` blocks: where they start and what they hold.
 
-    ``page_shape`` is the leaf's shape for one block. Run ``n`` of block ``b`` starts at leaf byte
-    ``(n * num_blocks + b) * run_bytes``, so two layers with equal views of one leaf overlap exactly where
-    their byte ranges of the block do.
+    Two layers with equal views of one leaf overlap exactly where their byte ranges of the block do.
     """
 
-    page_shape: tuple[int, ...]
     num_blocks: int
-    num_runs: int
-    run_bytes: int
+    num_rows: int
+    row_stride: int
+    block_stride: int
+    block_axes: tuple[int, ...]
+    axes: tuple[PageAxis, ...]
+    element_bits: int
+
+    @property
+    def page_shape(self) -> tuple[int, ...]:
+        """The shape of one block, over all devices that share it."""
+        return tuple(axis.count * axis.parts for axis in self.axes)
+
+    @property
+    def num_shards(self) -> int:
+        """Parts of one block that devices share out."""
+        return math.prod(axis.parts for axis in self.axes)
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block in this leaf, those of other layers and padding included."""
-        return self.num_runs * self.run_bytes
+        """Bytes one device holds of a block, those of other layers and padding included."""
+        return math.prod(axis.count for axis in self.axes) * self.element_bits // 8
+
+    def shard_of(self, cell: Cell) -> int:
+        """The number, row-major, of the part of a block that lies at ``cell`` of the leaf."""
+        shard = 0
+        for axis in self.axes:
+            shard = shard * axis.parts + (cell[axis.leaf_axis] if axis.parts > 1 else 0)
+        return shard
+
+    def data_shard_of(self, cell: Cell) -> int:
+        """Which of the id spaces along the block axis ``cell`` of the leaf belongs to."""
+        return cell[self.block_axes[0]]
+
+    def loops(self, counts: tuple[int, ...]) -> list[Loop]:
+        """The page's axes as loops, in bits, in a record that has ``counts`` entries along each."""
+        strides = [self.element_bits * math.prod(counts[axis + 1 :]) for axis in range(len(counts))]
+        return [
+            Loop(axis.count, axis.stride_bits, stride)
+            for axis, stride in zip(self.axes, strides, strict=True)
+        ]
 
 
 def view_blocks(leaf: CacheLeaf, num_blocks: int, hint: LayoutHint) -> BlockView:
-    """Find the block axis of ``leaf`` and split its bytes into blocks.
+    """Find the block axis of ``leaf`` and split what one device holds of it into blocks.
 
     Raises ``CacheMismatchError`` if no axis, or more than one, can be the block axis, or if a run is
     not a whole number of bytes.
     """
     per_block = hint.kernel_blocks_per_block
-    axis = _block_axis(leaf, num_blocks * per_block, hint)
-    run_bits = per_block * math.prod(leaf.shape[axis + 1 :]) * dtype_bits(leaf.dtype)
-    if run_bits == 0 or math.prod(leaf.shape[:axis]) == 0:
+    block_axes = _block_axes(leaf, num_blocks * per_block, hint)
+    shape, grid = leaf.local_shape, leaf.shards.grid
+    stride = [leaf.element_bits * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    axes = []
+    for axis, size in enumerate(shape):
+        if axis not in block_axes:
+            axes.append(PageAxis(axis, size, stride[axis], grid[axis]))
+        elif axis == block_axes[-1] and per_block > 1:
+            axes.append(PageAxis(axis, per_block, stride[axis]))
+    if math.prod(shape) == 0:
         raise CacheMismatchError(f"{leaf} holds no bytes; leave layers without a cache out of the config")
+    _, run_bits = merge_loops(
+        [Loop(axis.count, axis.stride_bits, axis.stride_bits) for axis in axes], leaf.element_bits
+    )
     if run_bits % 8:
         raise CacheMismatchError(
             f"{leaf} stores a block in runs of {run_bits} bits, which are not whole bytes; "
             "pad the last axis to an even number of elements or move the block axis to the front"
         )
-    kernel_axis = (per_block,) if per_block > 1 else ()
+    in_rows = len(block_axes) > 1
     return BlockView(
-        page_shape=leaf.shape[:axis] + kernel_axis + leaf.shape[axis + 1 :],
         num_blocks=num_blocks,
-        num_runs=math.prod(leaf.shape[:axis]),
-        run_bytes=run_bits // 8,
+        num_rows=shape[block_axes[0]] if in_rows else 1,
+        row_stride=stride[block_axes[0]] // 8 if in_rows else 0,
+        block_stride=per_block * stride[block_axes[-1]] // 8,
+        block_axes=block_axes,
+        axes=tuple(axes),
+        element_bits=leaf.element_bits,
     )
 
 
-def _block_axis(leaf: CacheLeaf, axis_size: int, hint: LayoutHint) -> int:
+def _block_axes(leaf: CacheLeaf, num_entries: int, hint: LayoutHint) -> tuple[int, ...]:
     if hint.block_axis == "auto":
-        candidates = [axis for axis, size in enumerate(leaf.shape) if size == axis_size]
+        candidates = [axis for axis, size in enumerate(leaf.local_shape) if size == num_entries]
         if len(candidates) == 1:
-            return candidates[0]
+            return (candidates[0],)
         found = f"axes {candidates} all have" if candidates else "no axis has"
         raise CacheMismatchError(
-            f"{leaf}: {found} the size {axis_size} of the block axis; "
+            f"{leaf}: {found} the size {num_entries} of the block axis{_on_each_device(leaf)}; "
             "check num_blocks of the group, or name the axis with LayoutHint(block_axis=...)"
         )
-    if hint.block_axis >= len(leaf.shape):
+    axes = hint.block_axes
+    if max(axes) >= len(leaf.shape):
         raise CacheMismatchError(
-            f"{leaf} has rank {len(leaf.shape)}, but its LayoutHint names block axis {hint.block_axis}"
+            f"{leaf} has rank {len(leaf.shape)}, but its LayoutHint names block axis {max(axes)}"
         )
-    if leaf.shape[hint.block_axis] != axis_size:
+    sizes = [leaf.local_shape[axis] for axis in axes]
+    if math.prod(sizes) != num_entries or sizes[-1] % hint.kernel_blocks_per_block:
         raise CacheMismatchError(
-            f"{leaf}: block axis {hint.block_axis} has size {leaf.shape[hint.block_axis]}, expected "
-            f"{axis_size} (num_blocks times kernel_blocks_per_block={hint.kernel_blocks_per_block}); "
+            f"{leaf}: block axis {hint.block_axis} has size {' x '.join(map(str, sizes))}"
+            f"{_on_each_device(leaf)}, expected {num_entries} (num_blocks times kernel_blocks_per_block="
+            f"{hint.kernel_blocks_per_block}){' in whole blocks to a row' if len(axes) > 1 else ''}; "
             "make the array and the group agree"
         )
-    return hint.block_axis
+    if leaf.shards.grid[axes[-1]] > 1 and len(axes) > 1:
+        raise CacheMismatchError(
+            f"{leaf}: axis {axes[-1]}, along which the blocks of a row stand, is split over devices; "
+            f"split axis {axes[0]} instead"
+        )
+    return axes
 
 
-def plan_page(leaf: CacheLeaf, view: BlockView, page: range, record_offset: int) -> PagePlan:
-    """The copy of bytes ``page`` of every block of ``leaf`` to ``record_offset`` in the block record.
+def _on_each_device(leaf: CacheLeaf) -> str:
+    if leaf.local_shape == leaf.shape:
+        return ""
+    return f" in the part {list(leaf.local_shape)} that each device holds (num_blocks counts one such part)"
 
-    ``page`` is a range of the block's row-major bytes and must lie inside one run or cover whole runs;
-    otherwise raises ``CacheMismatchError``. Runs that touch each other become one.
+
+def plan_page(leaf: CacheLeaf, view: BlockView, page: range, record_offset: int) -> list[PagePlan]:
+    """The copies of bytes ``page`` of every block of ``leaf`` to ``record_offset`` in the block record.
+
+    ``page`` is a range of the row-major bytes that one device holds of a block. It must lie inside one run
+    or cover whole runs; otherwise raises ``CacheMismatchError``. Runs that touch each other become one.
     """
     if not page or page.stop > view.block_bytes:
         raise CacheMismatchError(
             f"{leaf}: bytes {page.start} to {page.stop} were asked for, but a block has {view.block_bytes}; "
             "check page_offset_bytes and page_size_bytes of its LayoutHint"
         )
-    run_stride = view.num_blocks * view.run_bytes
-    first_run, offset_in_run = divmod(page.start, view.run_bytes)
-    num_runs = len(page) // view.run_bytes
-    inside_one_run = offset_in_run + len(page) <= view.run_bytes
-    if not inside_one_run and (offset_in_run or len(page) % view.run_bytes) and view.num_blocks > 1:
+    local = tuple(axis.count for axis in view.axes)
+    loops, run_bits = merge_loops(view.loops(local), view.element_bits)
+    found = cut_loops(loops, run_bits, range(8 * page.start, 8 * page.stop))
+    if found is None:
         raise CacheMismatchError(
-            f"{leaf}: bytes {page.start} to {page.stop} of a block cut its runs of {view.run_bytes} bytes; "
+            f"{leaf}: bytes {page.start} to {page.stop} of a block cut its runs of {run_bits // 8} bytes; "
             "choose an offset and a size that are multiples of the run, or put the block axis first"
         )
-    contiguous = inside_one_run or view.num_blocks == 1
-    return PagePlan(
-        num_blocks=view.num_blocks,
-        block_stride=view.run_bytes,
-        run_bytes=len(page) if contiguous else view.run_bytes,
-        leaf_offset=first_run * run_stride + offset_in_run,
-        record_offset=record_offset,
-        inner_count=1 if contiguous else num_runs,
-        inner_leaf_stride=0 if contiguous else run_stride,
-        inner_page_stride=0 if contiguous else view.run_bytes,
-    )
+    leaf_offset, loops, run_bits = found
+    return _plan(view, loops, run_bits, leaf_offset, 8 * record_offset)
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class LayerPage:
-    """The part of each block of one leaf that is a layer's, as a range of the block's row-major bytes."""
-
-    view: BlockView
-    page: range
+def shares_whole_bytes(view: BlockView) -> bool:
+    """Whether the parts of a page that several devices hold interleave byte by byte or coarser."""
+    return merge_loops(view.loops(view.page_shape), view.element_bits)[1] % 8 == 0
 
 
-def find_layer_pages(
-    spec: LayerSpec, leaves: Sequence[CacheLeaf], num_blocks: int, hint: LayoutHint
-) -> list[LayerPage]:
-    """What a layer of kind ``spec`` stores in each of its ``leaves``.
+def plan_shard(view: BlockView, shard: int, record_offset: int) -> list[PagePlan]:
+    """The copies of part ``shard`` of every block to its place in the whole page.
 
-    Raises ``CacheMismatchError`` unless dtypes fit and the pages hold exactly the bytes of the spec. A
-    uint8 leaf may stand for any dtype; a recurrent state may lie at the start of a row as wide as
-    ``page_size_padded``.
+    The whole page, of all devices that share a block, begins at ``record_offset``; its parts must interleave
+    by whole bytes.
     """
-    match spec:
-        case FullAttentionSpec() | SlidingWindowSpec():
-            for leaf in leaves:
-                _require_dtype(leaf, np.dtype(spec.dtype))
-            return _row_pages(spec, leaves, num_blocks, hint)
-        case MambaSpec():
-            if len(leaves) == 1 and leaves[0].is_raw:
-                return _row_pages(spec, leaves, num_blocks, hint)
-            return _state_pages(spec, leaves, num_blocks, hint)
-        case _:
-            assert_never(spec)
+    loops = view.loops(view.page_shape)
+    cell = np.unravel_index(shard, [axis.parts for axis in view.axes])
+    first = sum(int(at) * loop.count * loop.page_stride for at, loop in zip(cell, loops, strict=True))
+    merged, run_bits = merge_loops(loops, view.element_bits)
+    return _plan(view, merged, run_bits, 0, 8 * record_offset + first)
 
 
-def _require_dtype(leaf: CacheLeaf, expected: np.dtype[np.generic]) -> None:
-    if leaf.dtype != expected and not leaf.is_raw:
-        raise CacheMismatchError(
-            f"{leaf} must be {expected.name} as its spec says, or uint8 for raw bytes; make them agree"
-        )
-
-
-def _row_pages(
-    spec: LayerSpec, leaves: Sequence[CacheLeaf], num_blocks: int, hint: LayoutHint
-) -> list[LayerPage]:
-    expected = page_size_bytes(spec)
-    padded = spec.page_size_padded if isinstance(spec, MambaSpec) else None
-    pages = []
-    for leaf in leaves:
-        view = view_blocks(leaf, num_blocks, hint)
-        if hint.cuts_row:
-            size = _cut_size(leaf, hint, expected, len(leaves))
-        else:
-            size = expected if view.block_bytes == padded else view.block_bytes
-        pages.append(LayerPage(view, range(hint.page_offset_bytes, hint.page_offset_bytes + size)))
-    stored = sum(len(page.page) for page in pages)
-    if stored != expected:
-        raise CacheMismatchError(
-            f"{' and '.join(map(str, leaves))}: {stored} bytes a block, but {type(spec).__name__} says "
-            f"{expected}; correct the shape, set the spec's page_size_bytes (or page_size_padded) if more is "
-            "stored, or cut the row with LayoutHint(page_offset_bytes=..., page_size_bytes=...)"
-        )
-    return pages
-
-
-def _cut_size(leaf: CacheLeaf, hint: LayoutHint, expected: int, num_leaves: int) -> int:
-    if hint.page_size_bytes is not None:
-        return hint.page_size_bytes
-    if num_leaves > 1:
-        raise CacheMismatchError(
-            f"{leaf} is one of {num_leaves} leaves of a layer at page_offset_bytes={hint.page_offset_bytes}; "
-            "say with LayoutHint(page_size_bytes=...) how much of each block is the layer's"
-        )
-    return expected
-
-
-def _state_pages(
-    spec: MambaSpec, leaves: Sequence[CacheLeaf], num_blocks: int, hint: LayoutHint
-) -> list[LayerPage]:
-    if len(leaves) != len(spec.shapes):
-        raise CacheMismatchError(
-            f"{' and '.join(map(str, leaves))} should be the {len(spec.shapes)} states of a MambaSpec; "
-            "give one leaf for each state in that order, or one uint8 row for all"
-        )
-    if hint.cuts_row or hint.kernel_blocks_per_block > 1:
-        raise CacheMismatchError(
-            f"{leaves[0]} holds a state of its own shape, which {hint} cannot cut; use a uint8 row for that"
-        )
-    pages = []
-    for leaf, shape, dtype in zip(leaves, spec.shapes, spec.dtypes, strict=True):
-        view = view_blocks(leaf, num_blocks, _state_hint(leaf, num_blocks, shape, hint))
-        if view.page_shape != shape or leaf.dtype != np.dtype(dtype):
-            raise CacheMismatchError(
-                f"{leaf} holds states {leaf.dtype.name}{list(view.page_shape)}, but its MambaSpec says "
-                f"{np.dtype(dtype).name}{list(shape)}; make them agree, in the order of MambaSpec.shapes"
-            )
-        pages.append(LayerPage(view, range(view.block_bytes)))
-    return pages
-
-
-def _state_hint(leaf: CacheLeaf, num_blocks: int, shape: tuple[int, ...], hint: LayoutHint) -> LayoutHint:
-    """``hint``, with the block axis named where only one leaves the shape of a state."""
-    if hint.block_axis != "auto":
-        return hint
-    fitting = [
-        axis
-        for axis, size in enumerate(leaf.shape)
-        if size == num_blocks and leaf.shape[:axis] + leaf.shape[axis + 1 :] == shape
-    ]
-    return LayoutHint(block_axis=fitting[0]) if len(fitting) == 1 else hint
+def _plan(
+    view: BlockView, loops: Sequence[Loop], run_bits: int, leaf_offset_bits: int, record_offset_bits: int
+) -> list[PagePlan]:
+    start = PagePlan(
+        view.num_blocks,
+        view.block_stride,
+        run_bits // 8,
+        leaf_offset=leaf_offset_bits // 8,
+        record_offset=record_offset_bits // 8,
+        num_rows=view.num_rows,
+        row_stride=view.row_stride,
+    )
+    in_bytes = [Loop(loop.count, loop.leaf_stride // 8, loop.page_stride // 8) for loop in loops]
+    return plan_loops(start, in_bytes)

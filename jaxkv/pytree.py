@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, final
@@ -11,11 +11,12 @@ import jax
 import numpy as np
 
 from jaxkv.errors import CacheMismatchError, DeletedCacheError
-from jaxkv.layout import CacheLeaf
+from jaxkv.layout import CacheLeaf, whole_cache_leaf
+from jaxkv.sharding import find_shards
 from jaxkv.spec import KVCacheConfig, dtype_bits
 
-IdentifyLeaves = Callable[[Sequence[Any], Sequence[str]], Sequence[Hashable]]
-"""Checks leaves (given with their labels) and names the buffer of each; equal names are one buffer."""
+InspectLeaves = Callable[[Sequence[Any], Sequence[str]], Sequence[tuple[Hashable, CacheLeaf]]]
+"""Checks leaves (given with their labels), names the buffer of each and describes it; equal names are one."""
 
 
 @final
@@ -40,6 +41,7 @@ class LeafPositions:
             # Every step runs this for every leaf, so the check is made here and explained elsewhere.
             if not isinstance(leaf, jax.Array) or leaf.shape != known.shape or leaf.dtype != known.dtype:
                 raise _other_kind(leaf, known)
+            _require_same_sharding(leaf, known)
             first = found.setdefault(index, leaf)
             if first is not leaf and not _same_buffer(first, leaf):
                 raise CacheMismatchError(
@@ -67,7 +69,7 @@ class LeafPositions:
         if any(issubclass(kind, jax.core.Tracer) for kind in set(map(type, leaves))):
             return
         for leaf, known in zip(leaves, self.unique, strict=True):
-            if leaf.is_deleted():
+            if leaf.is_deleted() or any(buffer.is_deleted() for buffer in _spread_buffers(leaf, known)):
                 raise _deleted(known.label)
         if len(set(map(id, leaves))) != len(leaves):
             raise CacheMismatchError(
@@ -86,13 +88,11 @@ class LeafPositions:
         return flat
 
 
-def find_leaves(
-    kv_caches: Mapping[str, Any], config: KVCacheConfig, identify: IdentifyLeaves
-) -> LeafPositions:
+def find_leaves(kv_caches: Mapping[str, Any], config: KVCacheConfig, inspect: InspectLeaves) -> LeafPositions:
     """Flatten ``kv_caches`` and number its distinct leaves.
 
     Raises ``CacheMismatchError`` for missing or extra layers, layers without leaves, and one buffer that
-    stands in the pytree with two shapes or dtypes; and whatever ``identify`` raises.
+    stands in the pytree with two shapes or dtypes; and whatever ``inspect`` raises.
     """
     layer_names = [name for group in config.groups for name in group.layer_names]
     _require_layers(kv_caches, set(layer_names))
@@ -107,8 +107,7 @@ def find_leaves(
         positions = flat_of_layer[path[0].key]
         labels.append(f"layer {path[0].key!r}, leaf {len(positions)}")
         positions.append(position)
-    identities = identify([leaf for _, leaf in with_path], labels)
-    described = [_describe(leaf, label) for (_, leaf), label in zip(with_path, labels, strict=True)]
+    inspected = inspect([leaf for _, leaf in with_path], labels)
 
     number: dict[Hashable, int] = {}
     unique: list[CacheLeaf] = []
@@ -116,34 +115,68 @@ def find_leaves(
         if not flat_of_layer[name]:
             raise CacheMismatchError(f"layer {name!r} has no leaf; give it at least one array")
         for position in flat_of_layer[name]:
-            index = number.setdefault(identities[position], len(unique))
+            identity, described = inspected[position]
+            index = number.setdefault(identity, len(unique))
             if index == len(unique):
-                unique.append(described[position])
-            _require_one_view(described[position], unique[index])
-    unique_at = tuple(number[identity] for identity in identities)
+                unique.append(described)
+            _require_one_view(described, unique[index])
+    unique_at = tuple(number[identity] for identity, _ in inspected)
     of_layer = {name: tuple(unique_at[p] for p in flat_of_layer[name]) for name in layer_names}
     return LeafPositions(treedef, tuple(unique), unique_at, of_layer)
 
 
-def identify_arrays(leaves: Sequence[Any], labels: Sequence[str]) -> Sequence[Hashable]:
-    """Name each array by the address of its buffer.
+def inspect_shapes(leaves: Sequence[Any], labels: Sequence[str]) -> Sequence[tuple[Hashable, CacheLeaf]]:
+    """Name each leaf by the object it is. Raises ``CacheMismatchError`` for what has no shape and dtype."""
+    return [(id(leaf), _describe(leaf, label)) for leaf, label in zip(leaves, labels, strict=True)]
 
-    Raises ``CacheMismatchError`` for what is not an array whose bytes lie row-major on one device, or
-    overlaps another without being it; ``DeletedCacheError`` for deleted arrays.
+
+def inspect_arrays(processes: Collection[int] | None) -> InspectLeaves:
+    """Inspects arrays, as far as devices of ``processes`` hold them: ``None`` is this process.
+
+    Names each array by the addresses of its buffers. Raises ``CacheMismatchError`` for what is not an
+    array whose bytes lie row-major, or overlaps another without being it; ``DeletedCacheError`` for deleted
+    arrays.
     """
-    for leaf, label in zip(leaves, labels, strict=True):
-        _require_storable(leaf, label)
-    spans = {}
-    for leaf, label in zip(leaves, labels, strict=True):
-        start = leaf.unsafe_buffer_pointer()
-        spans[start] = (start + leaf.size * dtype_bits(leaf.dtype) // 8, label)
+
+    def inspect(leaves: Sequence[Any], labels: Sequence[str]) -> Sequence[tuple[Hashable, CacheLeaf]]:
+        inspected = []
+        spans: dict[int, tuple[int, str]] = {}
+        for leaf, label in zip(leaves, labels, strict=True):
+            _require_storable(leaf, label)
+            buffers = _buffers(leaf)
+            pointers = tuple(buffer.unsafe_buffer_pointer() for buffer in buffers)
+            for start, buffer in zip(pointers, buffers, strict=True):
+                spans[start] = (start + buffer.size * dtype_bits(leaf.dtype) // 8, label)
+            sharding = leaf.sharding if len(leaf.sharding.device_set) > 1 else None
+            shards = find_shards(leaf.sharding, leaf.shape, label, processes)
+            described = CacheLeaf(label, leaf.shape, leaf.dtype, shards, sharding)
+            inspected.append((pointers, described))
+        _require_no_overlap(spans)
+        return inspected
+
+    return inspect
+
+
+def _require_no_overlap(spans: Mapping[int, tuple[int, str]]) -> None:
+    """``spans`` maps the first byte of a buffer to its end and its label."""
     for (_, (stop, label)), (next_start, (_, next_label)) in pairwise(sorted(spans.items())):
         if stop > next_start:
             raise CacheMismatchError(
                 f"the buffers of {label} and {next_label} overlap in part; "
                 "pass the array that holds both, and cut it with LayoutHint"
             )
-    return [leaf.unsafe_buffer_pointer() for leaf in leaves]
+
+
+def _buffers(leaf: jax.Array) -> list[jax.Array]:
+    """The parts of a leaf that lie on devices of this process."""
+    if len(leaf.sharding.device_set) == 1:
+        return [leaf]
+    return [shard.data for shard in leaf.addressable_shards]
+
+
+def _spread_buffers(leaf: jax.Array, known: CacheLeaf) -> list[jax.Array]:
+    """The parts of a leaf on several devices. Of these some may be deleted while the leaf itself is not."""
+    return [] if known.sharding is None else _buffers(leaf)
 
 
 def _require_storable(leaf: Any, label: str) -> None:
@@ -153,25 +186,12 @@ def _require_storable(leaf: Any, label: str) -> None:
         )
     if leaf.is_deleted():
         raise _deleted(label)
-    if len(leaf.sharding.device_set) > 1:
-        raise CacheMismatchError(
-            f"{_describe(leaf, label)} lies on {len(leaf.sharding.device_set)} devices, "
-            "which is not supported yet; keep each leaf on one device"
-        )
-    _require_row_major(leaf, label)
-
-
-def _require_row_major(leaf: Any, label: str) -> None:
-    order = leaf.format.layout.major_to_minor
+    layout: Any = getattr(leaf, "format").layout  # noqa: B009 - jax does not declare it
+    order = layout.major_to_minor
     if tuple(order) != tuple(range(leaf.ndim)):
         raise CacheMismatchError(
             f"{_describe(leaf, label)} is stored in axis order {order}, expected row-major; "
             "create it without a custom Layout"
-        )
-    bits = dtype_bits(leaf.dtype)
-    if bits < 8 and leaf.on_device_size_in_bytes() * 8 != leaf.size * bits:
-        raise CacheMismatchError(
-            f"{_describe(leaf, label)} is not stored packed by this jaxlib; keep such values in a uint8 array"
         )
 
 
@@ -203,18 +223,30 @@ def _require_one_view(leaf: CacheLeaf, known: CacheLeaf) -> None:
         raise CacheMismatchError(f"{leaf} and {known} are one buffer; give both the same array")
 
 
+def _require_same_sharding(leaf: jax.Array, known: CacheLeaf) -> None:
+    if known.sharding is None or isinstance(leaf, jax.core.Tracer) or leaf.sharding == known.sharding:
+        return
+    if not leaf.sharding.is_equivalent_to(known.sharding, leaf.ndim):
+        raise CacheMismatchError(
+            f"{known} was registered with {known.sharding} and is now on {leaf.sharding}; "
+            "keep its sharding, with out_shardings of the function that returned it, or register anew"
+        )
+
+
 def _same_buffer(leaf: jax.Array, other: jax.Array) -> bool:
     if leaf is other:
         return True
     if isinstance(leaf, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
         return False
-    return leaf.unsafe_buffer_pointer() == other.unsafe_buffer_pointer()
+    return [buffer.unsafe_buffer_pointer() for buffer in _buffers(leaf)] == [
+        buffer.unsafe_buffer_pointer() for buffer in _buffers(other)
+    ]
 
 
 def _describe(leaf: Any, label: str) -> CacheLeaf:
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         raise CacheMismatchError(f"{label} is a {type(leaf).__name__}, which has no shape and dtype")
-    return CacheLeaf(label, tuple(leaf.shape), np.dtype(leaf.dtype))
+    return whole_cache_leaf(label, tuple(leaf.shape), np.dtype(leaf.dtype))
 
 
 def _deleted(label: str) -> DeletedCacheError:

@@ -26,9 +26,9 @@ def _require_positive(owner: object, **values: int) -> None:
 
 
 def dtype_bits(dtype: DTypeLike) -> int:
-    """Bits one element takes in a stored array; types below a byte are stored packed.
+    """Bits one element takes in a stored array: types of 2 and 4 bits are packed, those of 6 take a byte.
 
-    Raises ``ConfigError`` for what is not a dtype.
+    Raises ``ConfigError`` for what is not a dtype, and for integers of one bit, on which JAX runs no program.
     """
     try:
         known = np.dtype(dtype)
@@ -39,7 +39,10 @@ def dtype_bits(dtype: DTypeLike) -> int:
     if not jnp.issubdtype(known, jnp.integer) and not jnp.issubdtype(known, jnp.floating):
         return 8 * known.itemsize
     info: Any = jnp.iinfo if jnp.issubdtype(known, jnp.integer) else jnp.finfo
-    return int(info(known).bits)
+    bits = int(info(known).bits)
+    if bits == 1:
+        raise ConfigError(f"JAX runs no program on {known.name}; keep such values in a bool or uint8 array")
+    return 8 if bits == 6 else bits
 
 
 def _whole_bytes(num_elements: int, dtype: DTypeLike) -> int:
@@ -52,9 +55,16 @@ def _whole_bytes(num_elements: int, dtype: DTypeLike) -> int:
     return bits // 8
 
 
-def _attention_page_bytes(spec: FullAttentionSpec | SlidingWindowSpec) -> int:
-    implied = _whole_bytes(2 * spec.block_size * spec.num_kv_heads * spec.head_size, spec.dtype)
-    return implied if spec.page_size_bytes is None else spec.page_size_bytes
+def _require_attention(spec: KeyValueSpec, **further: int) -> None:
+    _require_positive(
+        spec,
+        block_size=spec.block_size,
+        num_kv_heads=spec.num_kv_heads,
+        head_size=spec.head_size,
+        head_size_v=spec.head_size if spec.head_size_v is None else spec.head_size_v,
+        **further,
+    )
+    _require_positive(spec, page_size_bytes=page_size_bytes(spec))
 
 
 @final
@@ -62,8 +72,9 @@ def _attention_page_bytes(spec: FullAttentionSpec | SlidingWindowSpec) -> int:
 class FullAttentionSpec:
     """K and V of every token: ``block_size`` tokens, ``num_kv_heads`` heads of ``head_size`` elements.
 
-    ``page_size_bytes`` is what one block of one layer stores where that differs from K plus V (padding,
-    scales); ``None`` means exactly K plus V.
+    ``head_size_v`` is the size of a V head where it differs from K's. ``page_size_bytes`` is what one block
+    of one layer stores where that differs from K plus V (padding, scales, leaves of another dtype); ``None``
+    means exactly K plus V.
     """
 
     block_size: int
@@ -71,18 +82,19 @@ class FullAttentionSpec:
     head_size: int
     dtype: DTypeLike
     page_size_bytes: int | None = None
+    head_size_v: int | None = None
 
     def __post_init__(self) -> None:
-        _require_positive(
-            self, block_size=self.block_size, num_kv_heads=self.num_kv_heads, head_size=self.head_size
-        )
-        _require_positive(self, page_size_bytes=_attention_page_bytes(self))
+        _require_attention(self)
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class SlidingWindowSpec:
-    """K and V of the last ``sliding_window`` tokens, the query's own token included."""
+    """K and V of the last ``sliding_window`` tokens, the query's own token included.
+
+    ``sink_len`` tokens at the start of a sequence (attention sinks) stay visible behind the window.
+    """
 
     block_size: int
     num_kv_heads: int
@@ -90,16 +102,48 @@ class SlidingWindowSpec:
     dtype: DTypeLike
     sliding_window: int
     page_size_bytes: int | None = None
+    head_size_v: int | None = None
+    sink_len: int = 0
 
     def __post_init__(self) -> None:
-        _require_positive(
-            self,
-            block_size=self.block_size,
-            num_kv_heads=self.num_kv_heads,
-            head_size=self.head_size,
-            sliding_window=self.sliding_window,
-        )
-        _require_positive(self, page_size_bytes=_attention_page_bytes(self))
+        _require_attention(self, sliding_window=self.sliding_window)
+        if self.sink_len < 0:
+            raise ConfigError(f"SlidingWindowSpec.sink_len must not be negative, got {self.sink_len}")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ChunkedLocalAttentionSpec:
+    """K and V of the tokens since the last multiple of ``attention_chunk_size`` (Llama 4's local layers)."""
+
+    block_size: int
+    num_kv_heads: int
+    head_size: int
+    dtype: DTypeLike
+    attention_chunk_size: int
+    page_size_bytes: int | None = None
+    head_size_v: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_attention(self, attention_chunk_size=self.attention_chunk_size)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class MLAAttentionSpec:
+    """One latent row of ``head_size`` elements for every token, shared by all heads (DeepSeek's MLA).
+
+    ``page_size_bytes`` as for ``FullAttentionSpec``.
+    """
+
+    block_size: int
+    head_size: int
+    dtype: DTypeLike
+    page_size_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_positive(self, block_size=self.block_size, head_size=self.head_size)
+        _require_positive(self, page_size_bytes=page_size_bytes(self))
 
 
 @final
@@ -107,17 +151,24 @@ class SlidingWindowSpec:
 class MambaSpec:
     """A recurrent state, any tuple of ``shapes`` and ``dtypes``; one block is one snapshot of all of them.
 
-    ``block_size`` is the number of tokens between two snapshots that may be reused. ``page_size_padded``
-    is the width of the row the state lies in when it is wider than the state.
+    Mamba, RG-LRU, gated delta nets and short convolutions are all of this kind. ``block_size`` is the number
+    of tokens between two snapshots that may be reused. ``page_size_padded`` is the width of the row the state
+    lies in when it is wider than the state. ``num_speculative_blocks`` are further slots that a running
+    request needs for drafted tokens; they are never offloaded.
     """
 
     block_size: int
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[DTypeLike, ...]
     page_size_padded: int | None = None
+    num_speculative_blocks: int = 0
 
     def __post_init__(self) -> None:
         _require_positive(self, block_size=self.block_size)
+        if self.num_speculative_blocks < 0:
+            raise ConfigError(
+                f"MambaSpec.num_speculative_blocks must not be negative, got {self.num_speculative_blocks}"
+            )
         if not self.shapes or len(self.shapes) != len(self.dtypes):
             raise ConfigError(
                 f"MambaSpec needs one dtype for each state shape, got {len(self.shapes)} shapes "
@@ -135,14 +186,25 @@ class MambaSpec:
             )
 
 
-LayerSpec = FullAttentionSpec | SlidingWindowSpec | MambaSpec
+KeyValueSpec = FullAttentionSpec | SlidingWindowSpec | ChunkedLocalAttentionSpec
+"""Attention with K and V of its own for every head."""
+
+AttentionSpec = KeyValueSpec | MLAAttentionSpec
+"""What is stored token by token."""
+
+LayerSpec = AttentionSpec | MambaSpec
 
 
 def page_size_bytes(spec: LayerSpec) -> int:
     """Bytes one layer stores in one block; padding around a recurrent state is not stored."""
     match spec:
-        case FullAttentionSpec() | SlidingWindowSpec():
-            return _attention_page_bytes(spec)
+        case FullAttentionSpec() | SlidingWindowSpec() | ChunkedLocalAttentionSpec():
+            row = spec.head_size + (spec.head_size if spec.head_size_v is None else spec.head_size_v)
+            implied = _whole_bytes(spec.block_size * spec.num_kv_heads * row, spec.dtype)
+            return implied if spec.page_size_bytes is None else spec.page_size_bytes
+        case MLAAttentionSpec():
+            implied = _whole_bytes(spec.block_size * spec.head_size, spec.dtype)
+            return implied if spec.page_size_bytes is None else spec.page_size_bytes
         case MambaSpec():
             return sum(
                 _whole_bytes(math.prod(shape), dtype)

@@ -21,9 +21,10 @@ from jaxkv.keys import GroupId
 from jaxkv.spec import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from jaxkv.testing import LAYOUT_CASES, LayoutCase, assert_same_caches, layout_case, numpy_copy
 from jaxkv.transfer import BlockTransfer, Ticket, ops
-from jaxkv.transfer.backends import CpuBackend
+from jaxkv.transfer.backends import CpuMover
 from jaxkv.transfer.checks import make_entries
 from jaxkv.transfer.status import make_status
+from jaxkv.transfer.ticket import Move
 
 BACKENDS = ("cpu", "xla")
 POOL_BYTES = 4 << 20
@@ -158,11 +159,11 @@ def test_restore_writes_in_place_and_consumes_the_old_arrays(num_layers: int, po
 
 def test_the_compiled_programs_copy_no_whole_leaf(pool: HostPool) -> None:
     kv_caches, canonical = many_leaves(3)
-    backend = CpuBackend(pool, canonical.groups)
+    mover = CpuMover(pool, canonical.groups[0])
     leaves = canonical.group_leaves(kv_caches, GroupId(0))
     ids = np.zeros(8, np.int32)
-    for programs in (backend.read_programs, backend.write_programs):
-        text = programs[0].lower(pool.token(), ids, ids, *leaves).compile().as_text()
+    for program in (mover.read_program, mover.write_program):
+        text = program.lower(pool.token(), ids, ids, *leaves).compile().as_text()
         assert "f32[16,4,4,8]" in text
         copies = [line for line in text.splitlines() if " copy" in line and "f32[" in line]
         assert not copies
@@ -176,7 +177,8 @@ def test_other_ids_of_the_same_bucket_compile_nothing(backend: str, pool: HostPo
     case = layout_case("packed_kv")
     kv_caches, _, transfer = set_up(case, pool, backend=backend)
     kv_caches = transfer.warm_up(kv_caches, max_blocks=10)
-    programs = (*transfer.backend.read_programs, *transfer.backend.write_programs)
+    mover = transfer.movers[0].mover
+    programs = (mover.read_program, mover.write_program)
     sizes = [program._cache_size() for program in programs]
     assert sizes == [2, 2]
     for seed in range(5):
@@ -308,7 +310,8 @@ def test_kept_slots_stay_until_they_are_released(pool: HostPool) -> None:
 def test_a_slot_freed_during_its_transfer_comes_back_when_the_ticket_ends(pool: HostPool) -> None:
     (slot,) = pool.reserve_slots(512, 1)
     pool.pin([slot])
-    ticket = Ticket(make_status(moved=1), GroupId(0), np.zeros(1, np.int32), 8, lambda _: pool.unpin([slot]))
+    move = Move(make_status(moved=1), np.zeros(1, np.int32), 8)
+    ticket = Ticket(GroupId(0), [move], lambda _: pool.unpin([slot]))
     pool.free(slot)
     assert pool.used_bytes == 512
     assert ticket.wait() == ticket.wait()
@@ -328,7 +331,8 @@ def test_a_slot_freed_during_its_transfer_comes_back_when_the_ticket_ends(pool: 
     ],
 )
 def test_a_ticket_reports_bytes_and_what_was_refused(status: np.ndarray, error: str | None) -> None:
-    result = Ticket(status, GroupId(3), np.array([7, -1, 5, -1], np.int32), 100, lambda _: None).wait()
+    move = Move(status, np.array([7, -1, 5, -1], np.int32), 100)
+    result = Ticket(GroupId(3), [move], lambda _: None).wait()
     assert result.num_bytes == 100 * status[0]
     assert result.error == error
 
@@ -337,11 +341,11 @@ def test_a_pool_closed_between_check_and_copy_fails_the_transfer_and_not_the_cac
     kv_caches, canonical = many_leaves(2)
     expected = numpy_copy(kv_caches)
     doomed = HostPool(1 << 16)
-    backend = CpuBackend(doomed, canonical.groups)
-    entries = make_entries(np.arange(3, dtype=np.int32), [0, 8, 16], canonical.groups[0], 1, 0)
+    mover = CpuMover(doomed, canonical.groups[0])
+    entries = make_entries(np.arange(3, dtype=np.int32), [0, 8, 16], canonical.groups[0].record_bytes, 1, 0)
     doomed.close()
-    leaves, status = backend.restore(GroupId(0), canonical.group_leaves(kv_caches, GroupId(0)), entries)
-    result = Ticket(status, GroupId(0), entries.block_ids, 1, lambda _: None).wait()
+    leaves, status = mover.restore(canonical.group_leaves(kv_caches, GroupId(0)), entries)
+    result = Ticket(GroupId(0), [Move(status, entries.block_ids, 1)], lambda _: None).wait()
     assert result.num_bytes == 0
     assert result.error == (
         "group 0: blocks refused: 3 x host pool closed, unknown or of another process; "

@@ -186,7 +186,7 @@ def test_slots_are_given_back_when_a_transfer_dies_before_it_starts(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for part in ("jaxkv.transfer.block_transfer.make_entries", "jaxkv.transfer.backends.CpuBackend.offload"):
+    for part in ("jaxkv.transfer.block_transfer.make_entries", "jaxkv.transfer.backends.CpuMover.offload"):
         with monkeypatch.context() as patched:
             patched.setattr(part, interrupt)
             with pytest.raises(KeyboardInterrupt), transfer.reserve(GroupId(0), 2) as slots:
@@ -278,7 +278,7 @@ def test_leaves_of_one_group_on_two_devices_are_an_error() -> None:
             transfer = BlockTransfer(canonicalize(caches, config), pool)
             mixed = caches | {"b": jax.device_put(caches["b"], second)}
             with transfer.reserve(0, 1) as slots:
-                with pytest.raises(CacheMismatchError, match="one group are spread over 2 devices"):
+                with pytest.raises(CacheMismatchError, match="one group lie on 2 devices"):
                     transfer.restore(mixed, 0, [0], slots)
                 moved, _ = transfer.restore(jax.device_put(caches, second), 0, [0], slots)
             assert moved["a"].device == second

@@ -1,8 +1,5 @@
 """What ``canonicalize`` refuses, and that each message names the layer, the shape and the remedy."""
 
-import os
-import subprocess
-import sys
 import types
 
 import jax
@@ -309,32 +306,3 @@ def test_replacements_must_be_as_many_and_of_the_same_kind():
         canonical.replace(kv_caches, 0, [k])
     with pytest.raises(CacheMismatchError, match=r"leaf 1 .* was registered as"):
         canonical.replace(kv_caches, 0, [k, v[:-1]])
-
-
-SHARDED = """
-import jax, jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxkv.canonical import canonicalize
-from jaxkv.errors import CacheMismatchError
-from jaxkv.spec import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-mesh = Mesh(jax.devices(), ("tensor",))
-config = KVCacheConfig((KVCacheGroupSpec(("a",), FullAttentionSpec(4, 2, 8, jnp.float32), 6),))
-for spec in (PartitionSpec(), PartitionSpec(None, None, "tensor")):
-    leaf = jax.device_put(jnp.zeros((6, 4, 4, 8)), NamedSharding(mesh, spec))
-    try:
-        canonicalize({"a": leaf}, config)
-    except CacheMismatchError as error:
-        print(error)
-"""
-
-
-def test_leaves_on_several_devices_are_refused():
-    # Two CPU devices exist only in a process that asked for them before JAX started.
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", SHARDED], env=env, capture_output=True, text=True, check=True
-    )
-    lines = done.stdout.splitlines()
-    assert len(lines) == 2
-    for line in lines:
-        assert "lies on 2 devices, which is not supported yet; keep each leaf on one device" in line

@@ -29,20 +29,22 @@ from jaxkv.memory_limit import available_memory_bytes
 MIB = 1 << 20
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("asked", "given"), [(1, 4096), (4096, 4096), (3 * MIB + 1, 3 * MIB + 4096)])
-def test_capacity_is_rounded_up_to_whole_pages_and_no_further(asked: int, given: int) -> None:
-    with HostPool(asked) as pool:
+def test_capacity_is_rounded_up_to_whole_pages_and_no_further(asked: int, given: int, shared: bool) -> None:
+    with HostPool(asked, shared=shared) as pool:
         assert pool.capacity_bytes == given
         assert pool.free_bytes == given
         assert pool.used_bytes == 0
 
 
-def test_the_whole_pool_is_resident_from_the_start() -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_whole_pool_is_resident_from_the_start(shared: bool) -> None:
     def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     before = resident_bytes()
-    with HostPool(64 * MIB):
+    with HostPool(64 * MIB, shared=shared):
         assert resident_bytes() - before > 60 * MIB
     assert resident_bytes() - before < 30 * MIB
 

@@ -9,22 +9,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxkv.errors import CacheMismatchError, ConfigError
-from jaxkv.layout import CacheLeaf, LayoutHint, plan_page, view_blocks
+from jaxkv.layout import LayoutHint, plan_page, view_blocks, whole_cache_leaf
 from jaxkv.testing import PageSlice, assert_same_bytes
 
 DTYPES = (np.dtype(np.float32), np.dtype(jnp.bfloat16), np.dtype(np.int8), np.dtype(jnp.float8_e4m3fn))
 
 
 def leaf_of(*shape, dtype=np.float32):
-    return CacheLeaf("layer 'x', leaf 0", shape, np.dtype(dtype))
+    return whole_cache_leaf("layer 'x', leaf 0", shape, np.dtype(dtype))
 
 
-def gather(plan, raw, block):
-    """The block's page, copied run by run as the plan says; every other record byte stays 0xEE."""
-    record = np.full(plan.record_offset + plan.page_bytes, 0xEE, np.uint8)
-    for leaf_start, record_start in plan.runs(block):
-        record[record_start : record_start + plan.run_bytes] = raw[leaf_start : leaf_start + plan.run_bytes]
+def gather(plans, raw, block):
+    """The block's page, copied run by run as the plans say; every other record byte stays 0xEE."""
+    start = min(plan.record_offset for plan in plans)
+    record = np.full(start + sum(plan.page_bytes for plan in plans), 0xEE, np.uint8)
+    for plan in plans:
+        for at_leaf, at_record in plan.runs(block):
+            record[at_record : at_record + plan.run_bytes] = raw[at_leaf : at_leaf + plan.run_bytes]
     return record
+
+
+def stretch(shape, axis, kernel_blocks):
+    """Bytes of the parts of one block that lie together: all behind the block axis."""
+    return kernel_blocks * math.prod(shape[axis + 1 :])
 
 
 @st.composite
@@ -38,14 +45,16 @@ def cut_leaves(draw):
     leaf = leaf_of(*before, num_blocks * kernel_blocks, *after, dtype=dtype)
     hint = LayoutHint(block_axis=len(before), kernel_blocks_per_block=kernel_blocks)
     view = view_blocks(leaf, num_blocks, hint)
+    run_bytes = stretch(leaf.shape, len(before), kernel_blocks) * dtype.itemsize
+    num_runs = math.prod(before)
     if draw(st.booleans()):
-        first = draw(st.integers(0, view.num_runs - 1))
-        last = draw(st.integers(first + 1, view.num_runs))
-        page = range(first * view.run_bytes, last * view.run_bytes)
+        first = draw(st.integers(0, num_runs - 1))
+        last = draw(st.integers(first + 1, num_runs))
+        page = range(first * run_bytes, last * run_bytes)
     else:
-        run = draw(st.integers(0, view.num_runs - 1)) * view.run_bytes
-        start = draw(st.integers(0, view.run_bytes - 1))
-        page = range(run + start, run + draw(st.integers(start + 1, view.run_bytes)))
+        run = draw(st.integers(0, num_runs - 1)) * run_bytes
+        start = draw(st.integers(0, run_bytes - 1))
+        page = range(run + start, run + draw(st.integers(start + 1, run_bytes)))
     return leaf, hint, view, page
 
 
@@ -53,12 +62,12 @@ def cut_leaves(draw):
 @given(cut_leaves(), st.integers(0, 9))
 def test_gather_by_plan_equals_a_slice_of_the_logical_array(cut, record_offset):
     leaf, hint, view, page = cut
-    plan = plan_page(leaf, view, page, record_offset)
+    plans = plan_page(leaf, view, page, record_offset)
     raw = np.random.default_rng(0).integers(0, 256, math.prod(leaf.shape) * leaf.dtype.itemsize, np.uint8)
     array = raw.view(leaf.dtype).reshape(leaf.shape)
     oracle = PageSlice(hint.block_axis, hint.kernel_blocks_per_block, page.start, page.stop)
     for block in range(view.num_blocks):
-        record = gather(plan, raw, block)
+        record = gather(plans, raw, block)
         assert_same_bytes(record[record_offset:], oracle.read(array, block))
         assert (record[:record_offset] == 0xEE).all()
 
@@ -67,7 +76,7 @@ def test_gather_by_plan_equals_a_slice_of_the_logical_array(cut, record_offset):
 @given(cut_leaves())
 def test_runs_of_all_blocks_touch_each_byte_of_the_leaf_once(cut):
     leaf, _, view, _ = cut
-    plan = plan_page(leaf, view, range(view.block_bytes), 0)
+    (plan,) = plan_page(leaf, view, range(view.block_bytes), 0)
     touched = np.zeros(math.prod(leaf.shape) * leaf.dtype.itemsize, np.uint8)
     for block in range(view.num_blocks):
         for leaf_start, _ in plan.runs(block):
@@ -78,7 +87,7 @@ def test_runs_of_all_blocks_touch_each_byte_of_the_leaf_once(cut):
 @given(cut_leaves())
 def test_a_contiguous_page_is_one_run(cut):
     leaf, hint, view, _ = cut
-    plan = plan_page(leaf, view, range(view.block_bytes), 0)
+    (plan,) = plan_page(leaf, view, range(view.block_bytes), 0)
     contiguous = math.prod(leaf.shape[: hint.block_axis]) == 1 or view.num_blocks == 1
     assert (plan.outer_count * plan.inner_count == 1) == contiguous
 
@@ -102,7 +111,8 @@ def test_a_range_is_planned_exactly_when_it_lies_in_one_run_or_covers_whole_runs
         in_one_run = start // 7 == (stop - 1) // 7
         whole_runs = start % 7 == 0 and stop % 7 == 0
         if in_one_run or whole_runs:
-            assert plan_page(leaf, view, range(start, stop), 0).page_bytes == stop - start
+            (plan,) = plan_page(leaf, view, range(start, stop), 0)
+            assert plan.page_bytes == stop - start
         else:
             with pytest.raises(CacheMismatchError, match="cut its runs of 7 bytes"):
                 plan_page(leaf, view, range(start, stop), 0)
@@ -115,8 +125,10 @@ def test_bytes_past_the_end_of_a_block_are_refused():
 
 
 def test_packed_half_bytes_count_as_half():
-    view = view_blocks(leaf_of(5, 3, 6, dtype=jnp.int4), 5, LayoutHint())
-    assert (view.num_runs, view.run_bytes) == (1, 9)
+    leaf = leaf_of(5, 3, 6, dtype=jnp.int4)
+    view = view_blocks(leaf, 5, LayoutHint())
+    (plan,) = plan_page(leaf, view, range(view.block_bytes), 0)
+    assert (plan.outer_count * plan.inner_count, plan.run_bytes) == (1, 9)
 
 
 def test_runs_that_are_not_whole_bytes_are_refused():
@@ -138,11 +150,18 @@ def test_portable_views_of_one_page_are_equal_whatever_the_block_axis():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"block_axis": -1}, "block_axis must be 'auto' or 0, 1, ..., got -1"),
+        ({"block_axis": -1}, "block_axis must be 'auto', 0, 1, ... or two of these, got -1"),
         ({"block_axis": "first"}, "got 'first'"),
         ({"kernel_blocks_per_block": 0}, "kernel_blocks_per_block must be at least 1, got 0"),
         ({"page_offset_bytes": -8}, "page_offset_bytes must not be negative, got -8"),
         ({"page_size_bytes": 0}, "page_size_bytes must be at least 1, got 0"),
+        ({"block_axis": (1, 1)}, r"two of these, got \(1, 1\)"),
+        ({"block_axis": (0, 1, 2)}, r"two of these, got \(0, 1, 2\)"),
+        ({"block_axis": ()}, r"two of these, got \(\)"),
+        ({"block_axis": 0, "head_axis": 0}, "head_axis 0 is a block axis already"),
+        ({"head_copies": 2}, "head_copies needs head_axis"),
+        ({"head_axis": 1, "head_copies": 0}, "head_copies must be at least 1, got 0"),
+        ({"head_axis": -1}, "head_axis must be 0, 1, ..., got -1"),
     ],
 )
 def test_a_hint_that_cannot_work_is_refused(values, message):

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkv.canonical import GroupPages, PagePlacement, canonicalize
+from jaxkv.canonical import canonicalize
 from jaxkv.errors import BlockIdError, CacheMismatchError
 from jaxkv.keys import GroupId
-from jaxkv.layout import PagePlan
+from jaxkv.page_plan import PagePlan
+from jaxkv.records import GroupPages, PagePlacement
 from jaxkv.testing import LAYOUT_CASES, LayoutCase, assert_same_bytes, layout_case
 from jaxkv.testing.arrays import as_bytes
 from jaxkv.transfer import ops, reference, xla_ops
@@ -114,6 +115,13 @@ def plan_that(**changes: int) -> PagePlan:
         plan_that(num_blocks=2**62, block_stride=2**62),
         plan_that(num_blocks=2**62, block_stride=0),
         plan_that(num_blocks=2, block_stride=15),
+        plan_that(num_rows=0),
+        plan_that(num_rows=-1),
+        plan_that(num_rows=3),
+        plan_that(num_rows=2, row_stride=33),
+        plan_that(num_rows=2, row_stride=15),
+        plan_that(num_rows=2, row_stride=-32),
+        plan_that(num_rows=2, row_stride=2**62),
     ],
     ids=str,
 )
@@ -131,7 +139,7 @@ def test_plans_that_leave_the_leaf_or_the_record_are_refused_and_nothing_moves(
 
 def test_pages_that_do_not_fit_one_record_together_are_refused(placed: Callable[..., GroupPages]) -> None:
     leaf = jnp.arange(64, dtype=jnp.uint8)
-    half = GroupPages(4, (PagePlacement(0, plan_that(outer_count=16)),) * 2, (0,), 512, 512)
+    half = pages_of(plan_that(outer_count=16), 2, block_bytes=512)
     for pages, status in ((half, {"MOVED": 1}), (huge_pages(), {"BAD_GEOMETRY": 1})):
         staging = jnp.zeros((1, min(pages.record_bytes, 512)), jnp.uint8)
         assert counts(ops.scatter_pages(staging, jnp.zeros(1, jnp.int32), [leaf], pages)[1]) == status
@@ -140,7 +148,15 @@ def test_pages_that_do_not_fit_one_record_together_are_refused(placed: Callable[
 def huge_pages() -> GroupPages:
     """Each plan fits its record, but the sum of their bytes is more than 64 bits hold."""
     plan = plan_that(run_bytes=1, outer_count=2**62)
-    return GroupPages(4, (PagePlacement(0, plan),) * 3, (0,), 16, 2**63 - 1)
+    return pages_of(plan, 3, block_bytes=16, record_bytes=2**63 - 1)
+
+
+def pages_of(plan: PagePlan, count: int, *, block_bytes: int, record_bytes: int = 512) -> GroupPages:
+    """``count`` copies of one plan, of a leaf that is a flat array of bytes."""
+    placements = (PagePlacement(0, plan),) * count
+    return GroupPages(
+        plan.num_blocks, placements, (0,), ((64,),), ((0,),), block_bytes, record_bytes, block_bytes
+    )
 
 
 @OPS
@@ -236,6 +252,6 @@ def test_refusals_are_explained_in_words() -> None:
 @pytest.fixture
 def placed() -> Callable[..., GroupPages]:
     def place(plan: PagePlan) -> GroupPages:
-        return GroupPages(plan.num_blocks, (PagePlacement(0, plan),), (0,), plan.run_bytes, 512)
+        return pages_of(plan, 1, block_bytes=min(max(plan.run_bytes, 0), 512))
 
     return place

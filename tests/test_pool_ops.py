@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkv.canonical import GroupPages, PagePlacement
 from jaxkv.errors import BlockIdError
 from jaxkv.host_pool import HostPool, Slot
-from jaxkv.layout import PagePlan
+from jaxkv.page_plan import PagePlan
+from jaxkv.records import GroupPages, PagePlacement
 from jaxkv.testing import assert_same_bytes
 from jaxkv.testing.arrays import as_bytes
 from jaxkv.transfer import offload, ops, reference, restore
@@ -38,8 +38,11 @@ PAGES = GroupPages(
         ),
     ),
     leaves=(0, 1),
+    leaf_shapes=((NUM_BLOCKS, 10), (3, NUM_BLOCKS, 2)),
+    block_axes=((0,), (1,)),
     block_bytes=64,
     record_bytes=512,
+    clear_from=64,
 )
 NUM_SLOTS = 8
 

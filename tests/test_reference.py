@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkv.canonical import GroupPages, canonicalize
+from jaxkv.canonical import canonicalize
 from jaxkv.keys import GroupId
+from jaxkv.records import GroupPages
 from jaxkv.testing import LAYOUT_CASES, LayoutCase, assert_same_bytes, numpy_copy
 from jaxkv.testing.arrays import as_bytes
 from jaxkv.transfer import reference

@@ -1,14 +1,18 @@
 // Checks arenas, their registry and the threads that fill them. Run it under the sanitizers.
 #include "pool.h"
 
+#include <fcntl.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cassert>
+#include <csignal>
 #include <cstdio>
 #include <limits>
 #include <numeric>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -16,11 +20,23 @@
 
 using jaxkv::AllocationError;
 using jaxkv::Arena;
+using jaxkv::ClosedError;
 using jaxkv::PoolKey;
 using jaxkv::PoolRegistry;
+using jaxkv::SharedFile;
 using jaxkv::ThreadPool;
 
 namespace {
+
+template <typename Error, typename Function>
+bool Refuses(Function function) {
+  try {
+    function();
+  } catch (const Error&) {
+    return true;
+  }
+  return false;
+}
 
 void CheckArena() {
   constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
@@ -36,14 +52,76 @@ void CheckArena() {
     assert(!arena.Contains(kMost, kMost) && !arena.Contains(kMost, 1) && !arena.Contains(1, kMost));
   }
   for (int64_t bytes : {int64_t{0}, int64_t{-1}, kMost, int64_t{1} << 60}) {
-    bool refused = false;
-    try {
-      Arena arena(bytes);
-    } catch (const AllocationError&) {
-      refused = true;
-    }
-    assert(refused);
+    assert(Refuses<AllocationError>([&] { Arena arena(bytes); }));
+    assert(Refuses<AllocationError>([&] { Arena arena(SharedFile::Create(bytes, "n")); }));
   }
+}
+
+void CheckSharedArena() {
+  for (int64_t bytes : {int64_t{1}, int64_t{4097}, (int64_t{70} << 20) + 1}) {
+    SharedFile file = SharedFile::Create(bytes, "nonce");
+    assert(file.num_bytes() >= bytes && file.num_bytes() < bytes + 4096 && file.num_bytes() % 4096 == 0);
+    assert(ftruncate(file.fd(), 0) != 0 && ftruncate(file.fd(), 1 << 30) != 0);
+    assert((fcntl(file.fd(), F_GETFD) & FD_CLOEXEC) != 0);
+    auto owner = std::make_unique<Arena>(file);
+    assert(reinterpret_cast<uintptr_t>(owner->data()) % (bytes < (2 << 20) ? 4096 : 2 << 20) == 0);
+    const int64_t last = owner->num_bytes() - 1;
+    owner->data()[0] = 1;
+    owner->data()[last] = 2;
+    Arena attached(SharedFile::Open(getpid(), file.fd(), file.num_bytes(), "nonce"));
+    assert(attached.data() != owner->data() && attached.num_bytes() == owner->num_bytes());
+    assert(attached.data()[0] == 1 && attached.data()[last] == 2);
+    attached.data()[last] = 3;
+    assert(owner->data()[last] == 3);
+    owner.reset();
+    assert(attached.data()[0] == 1 && attached.data()[last] == 3);
+  }
+}
+
+void CheckWrongSharedFiles() {
+  const SharedFile file = SharedFile::Create(8192, "nonce");
+  const auto open_file = [](pid_t pid, int fd, int64_t num_bytes, const std::string& nonce) {
+    return [=] { SharedFile::Open(pid, fd, num_bytes, nonce); };
+  };
+  assert(!Refuses<ClosedError>(open_file(getpid(), file.fd(), 8192, "nonce")));
+  assert(Refuses<ClosedError>(open_file(getpid(), file.fd(), 8192, "nonc")));
+  assert(Refuses<ClosedError>(open_file(getpid(), file.fd(), 8192, "")));
+  assert(Refuses<ClosedError>(open_file(getpid(), file.fd() + 100, 8192, "nonce")));
+  assert(Refuses<ClosedError>(open_file(getpid(), -1, 8192, "nonce")));
+  assert(Refuses<ClosedError>(open_file(0, file.fd(), 8192, "nonce")));
+  assert(Refuses<AllocationError>(open_file(getpid(), file.fd(), 4096, "nonce")));
+  assert(Refuses<AllocationError>(open_file(getpid(), file.fd(), 12288, "nonce")));
+  assert(Refuses<AllocationError>([] { SharedFile::Create(4096, std::string(300, 'n')); }));
+  int pipe_ends[2];
+  assert(pipe(pipe_ends) == 0);
+  assert(Refuses<ClosedError>(open_file(getpid(), pipe_ends[0], 4096, "nonce")));
+  close(pipe_ends[0]);
+  close(pipe_ends[1]);
+}
+
+// Runs a check in a child whose limits are its own. Returns whether it held.
+template <typename Function>
+bool HoldsInChild(Function function) {
+  const pid_t child = fork();
+  if (child == 0) _exit(function() ? 0 : 1);
+  int status = 1;
+  waitpid(child, &status, 0);
+  return WIFEXITED(status) && WEXITSTATUS(status) == 0;
+}
+
+void CheckLimits() {
+  const rlimit none = {0, 0};
+  const SharedFile file = SharedFile::Create(8192, "nonce");
+  assert(HoldsInChild([&] {
+    setrlimit(RLIMIT_NOFILE, &none);
+    return Refuses<AllocationError>([&] { SharedFile::Open(getppid(), file.fd(), 8192, "nonce"); }) &&
+           Refuses<AllocationError>([] { SharedFile::Create(4096, "n"); });
+  }));
+  assert(HoldsInChild([&] {
+    signal(SIGXFSZ, SIG_IGN);
+    setrlimit(RLIMIT_FSIZE, &none);
+    return Refuses<AllocationError>([] { SharedFile::Create(4096, "n"); });
+  }));
 }
 
 void CheckRegistry() {
@@ -80,21 +158,21 @@ void CheckThreads() {
 
 void CheckFork() {
   Arena arena(4096);
-  const pid_t child = fork();
-  if (child == 0) {
+  Arena shared(SharedFile::Create(4096, "nonce"));
+  assert(HoldsInChild([&] {
     std::atomic<int> sum{0};
     ThreadPool::Global().ParallelFor(10, [&](int64_t i) { sum += static_cast<int>(i); });
-    _exit(!arena.owned_by_this_process() && sum == 45 ? 0 : 1);
-  }
-  int status = 1;
-  waitpid(child, &status, 0);
-  assert(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    return !arena.owned_by_this_process() && !shared.owned_by_this_process() && sum == 45;
+  }));
 }
 
 }  // namespace
 
 int main() {
   CheckArena();
+  CheckSharedArena();
+  CheckWrongSharedFiles();
+  CheckLimits();
   CheckRegistry();
   CheckThreads();
   CheckFork();

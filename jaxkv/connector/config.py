@@ -21,6 +21,8 @@ class OffloadingConfig:
     ``offload_prompt_only``: store only chunks that lie inside the prompt.
     ``backend``: ``"host"`` or the dotted path of an ``OffloadingSpec``.
     ``transfer_backend``: how pages are copied, see ``BlockTransfer``.
+    ``portable_pages``: keep pages as if no device shared them, so that other meshes can restore them.
+    ``data_shard``: which part of block axes split over a mesh this connector serves; one connector for each.
     ``enable_events``: collect events for ``take_events``.
     ``backend_options``: handed to the backend as they are.
     """
@@ -31,6 +33,8 @@ class OffloadingConfig:
     offload_prompt_only: bool = True
     backend: str = "host"
     transfer_backend: str = "auto"
+    portable_pages: bool = False
+    data_shard: int = 0
     enable_events: bool = False
     backend_options: Mapping[str, Any] = field(default_factory=dict)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from types import TracebackType
 from typing import Any, final
 
+from jaxkv.canonical import Hints
 from jaxkv.connector.base import (
     KVCaches,
     KVConnectorBase,
@@ -23,7 +24,6 @@ from jaxkv.connector.sizes import parse_bytes
 from jaxkv.connector.worker import OffloadingConnectorWorker
 from jaxkv.errors import ConnectorStateError
 from jaxkv.keys import BlockId, GroupId
-from jaxkv.layout import LayoutHint
 from jaxkv.offload.base import OffloadingSpec
 from jaxkv.offload.claims import claim, release
 from jaxkv.offload.factory import make_offloading_spec
@@ -50,7 +50,7 @@ class OffloadingConnector(KVConnectorBase):
         kv_cache_config: KVCacheConfig,
         *,
         spec: OffloadingSpec | None = None,
-        hints: Mapping[str, LayoutHint] | None = None,
+        hints: Hints | None = None,
     ) -> None:
         caches = ChunkedCaches(kv_cache_config, config.blocks_per_chunk)
         self._spec = spec if spec is not None else _make_spec(config, kv_cache_config, hints or {})
@@ -231,9 +231,7 @@ def _own(metadata: KVConnectorMetadata) -> OffloadingConnectorMetadata:
     return metadata
 
 
-def _make_spec(
-    config: OffloadingConfig, kv_cache_config: KVCacheConfig, hints: Mapping[str, LayoutHint]
-) -> OffloadingSpec:
+def _make_spec(config: OffloadingConfig, kv_cache_config: KVCacheConfig, hints: Hints) -> OffloadingSpec:
     options = BackendOptions(
         kv_cache_config=kv_cache_config,
         hints=hints,
@@ -241,6 +239,8 @@ def _make_spec(
         blocks_per_chunk=config.blocks_per_chunk,
         eviction_policy=config.eviction_policy,
         transfer_backend=config.transfer_backend,
+        portable_pages=config.portable_pages,
+        data_shard=config.data_shard,
         enable_events=config.enable_events,
         extra=config.backend_options,
     )

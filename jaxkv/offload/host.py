@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, final
 
-from jaxkv.canonical import RECORD_ALIGNMENT, canonicalize
+from jaxkv.canonical import canonicalize
 from jaxkv.errors import CacheMismatchError, ConfigError
 from jaxkv.host_pool import HostPool
 from jaxkv.offload.base import OffloadingSpec
@@ -13,7 +14,10 @@ from jaxkv.offload.host_manager import HostOffloadingManager
 from jaxkv.offload.host_worker import HostOffloadingWorker
 from jaxkv.offload.options import BackendOptions
 from jaxkv.offload.policies import find_policy
+from jaxkv.records import RECORD_ALIGNMENT
 from jaxkv.transfer import BlockTransfer
+
+_log = logging.getLogger(__name__)
 
 
 @final
@@ -58,15 +62,23 @@ class HostOffloadingSpec(OffloadingSpec):
     def get_worker(self, kv_caches: Any) -> HostOffloadingWorker:
         """See ``OffloadingSpec``. ``CacheMismatchError`` for caches the config does not describe."""
         options = self._options
-        canonical = canonicalize(kv_caches, options.kv_cache_config, options.hints)
-        found = [group.record_bytes for group in canonical.groups]
+        canonical = canonicalize(
+            kv_caches, options.kv_cache_config, options.hints, portable_pages=options.portable_pages
+        )
+        found = [record.record_bytes for record in canonical.records]
         if found != self._record_bytes:
             raise CacheMismatchError(
                 f"the groups of the caches keep {found} bytes per block, the specs say {self._record_bytes}; "
                 "set page_size_bytes of the specs to what a block really stores"
             )
+        for layer_name, reason in canonical.per_shard_layers.items():
+            _log.warning("pages of layer %r are not portable: %s", layer_name, reason)
         transfer = BlockTransfer(
-            canonical, self._pool, blocks_per_chunk=options.blocks_per_chunk, backend=options.transfer_backend
+            canonical,
+            self._pool,
+            blocks_per_chunk=options.blocks_per_chunk,
+            backend=options.transfer_backend,
+            data_shard=options.data_shard,
         )
         return HostOffloadingWorker(transfer, options.blocks_per_chunk)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
-from jaxkv.layout import LayoutHint
+from jaxkv.canonical import Hints
 from jaxkv.spec import KVCacheConfig
 
 
@@ -15,14 +15,17 @@ from jaxkv.spec import KVCacheConfig
 class BackendOptions:
     """What every backend is made from.
 
-    ``hints`` are for ``canonicalize``; ``extra`` is the backend's own business.
+    ``hints`` and ``portable_pages`` are for ``canonicalize``, ``transfer_backend`` and ``data_shard`` for
+    ``BlockTransfer``; ``extra`` is the backend's own business.
     """
 
     kv_cache_config: KVCacheConfig
     host_bytes: int
-    hints: Mapping[str, LayoutHint] = field(default_factory=dict)
+    hints: Hints = field(default_factory=dict)
     blocks_per_chunk: int = 1
     eviction_policy: str = "lru"
     transfer_backend: str = "auto"
+    portable_pages: bool = False
+    data_shard: int = 0
     enable_events: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxkv.canonical import GroupPages
+from jaxkv.records import GroupPages
 
 
 def check_coverage(pages: GroupPages, leaf_bytes: Sequence[int]) -> None:

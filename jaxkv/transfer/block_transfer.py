@@ -14,10 +14,12 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jaxkv.canonical import CanonicalKVCaches, GroupPages
+from jaxkv.canonical import CanonicalKVCaches
 from jaxkv.errors import CacheMismatchError, ConfigError, NativeError
-from jaxkv.host_pool import HostPool, Slot
+from jaxkv.host_pool import Slot
 from jaxkv.keys import GroupId
+from jaxkv.records import GroupRecord
+from jaxkv.shared_pool import AnyPool
 from jaxkv.transfer.backends import CpuBackend, TransferBackend, XlaBackend
 from jaxkv.transfer.checks import (
     Entries,
@@ -28,10 +30,9 @@ from jaxkv.transfer.checks import (
     check_slots,
     check_slots_differ,
     make_entries,
-    only_device,
 )
-from jaxkv.transfer.status import make_status
-from jaxkv.transfer.ticket import Status, Ticket
+from jaxkv.transfer.movers import GroupMover, make_group_mover
+from jaxkv.transfer.ticket import Move, Ticket
 
 KVCaches = Mapping[str, Any]
 
@@ -78,8 +79,9 @@ class BlockTransfer:
 
     A slot holds a chunk: ``blocks_per_chunk`` block records, one after another. ``backend`` is ``"cpu"``
     (compiled handlers, in place), ``"xla"`` (plain JAX, any platform) or ``"auto"``: the first of these that
-    fits the default platform. Transfers may be started from several threads. Whatever is refused raises
-    before anything is dispatched and leaves the caches usable.
+    fits the default platform. Of caches on a mesh it moves the blocks of one ``data_shard``, in the shards
+    that this process drives. Transfers may be started from several threads. Whatever is refused raises before
+    anything is dispatched and leaves the caches usable.
 
     Raises ``ConfigError`` for options that cannot work and ``NativeError`` for a backend this build
     does not have.
@@ -88,9 +90,11 @@ class BlockTransfer:
     def __init__(
         self,
         canonical: CanonicalKVCaches,
-        pool: HostPool,
+        pool: AnyPool,
         blocks_per_chunk: int = 1,
         backend: str = "auto",
+        *,
+        data_shard: int = 0,
     ) -> None:
         if not isinstance(blocks_per_chunk, int | np.integer) or blocks_per_chunk < 1:
             raise ConfigError(
@@ -99,7 +103,8 @@ class BlockTransfer:
         self.canonical = canonical
         self.pool = pool
         self.blocks_per_chunk = blocks_per_chunk
-        self.backend = make_backend(backend, pool, canonical)
+        self.backend = make_backend(backend, pool)
+        self.movers = _make_movers(self.backend, canonical, data_shard)
         self._lock = threading.Lock()
         self._under_way: set[Ticket] = set()
         self._num_copied_leaves = 0
@@ -107,7 +112,7 @@ class BlockTransfer:
 
     def chunk_bytes(self, group: GroupId) -> int:
         """Bytes of one slot of ``group``."""
-        return self.blocks_per_chunk * self._pages(group).record_bytes
+        return self.blocks_per_chunk * self._record(group).record_bytes
 
     @property
     def num_copied_leaves(self) -> int:
@@ -144,15 +149,15 @@ class BlockTransfer:
         leaves = self._leaves(kv_caches, group)
         check_slots_differ(slots)
         with self._pinned(group, block_ids, slots, first_block) as entries:
-            status = self.backend.offload(group, leaves, entries) if entries.num_blocks else make_status()
-        return self._start(group, entries, slots, status)
+            moves = self.movers[group].offload(leaves, entries) if entries.num_blocks else []
+        return self._start(group, slots, moves)
 
     def prefetch(self, group: GroupId, slots: Sequence[Slot]) -> Ticket:
         """Start moving slots towards the device, ahead of ``restore``; nothing to do on the host platform."""
         slots = tuple(slots)
-        with self._pinned(group, (), slots, 0) as entries:
+        with self._pinned(group, (), slots, 0):
             pass  # On the host platform the slots are where they will be read.
-        return self._start(group, entries, slots, make_status())
+        return self._start(group, slots, [])
 
     def restore(
         self,
@@ -170,12 +175,12 @@ class BlockTransfer:
         """
         slots = tuple(slots)
         leaves = self._leaves(kv_caches, group)
-        status: Status = make_status()
+        moves: list[Move] = []
         with self._pinned(group, block_ids, slots, first_block) as entries:
             check_no_repeats(entries.block_ids)
             if entries.num_blocks:
-                kv_caches, status = self._write(kv_caches, group, leaves, entries)
-        return kv_caches, self._start(group, entries, slots, status)
+                kv_caches, moves = self._write(kv_caches, group, leaves, entries)
+        return kv_caches, self._start(group, slots, moves)
 
     def warm_up(self, kv_caches: KVCaches, max_blocks: int) -> KVCaches:
         """Compile every program that transfers of up to ``max_blocks`` blocks need. Moves nothing.
@@ -185,9 +190,10 @@ class BlockTransfer:
         for group in map(GroupId, range(len(self.canonical.groups))):
             count = 1
             while count <= bucket_size(max_blocks):
-                entries = make_entries(np.full(count, -1, np.int32), (0,) * count, self._pages(group), 1, 0)
+                record_bytes = self._record(group).record_bytes
+                entries = make_entries(np.full(count, -1, np.int32), (0,) * count, record_bytes, 1, 0)
                 leaves = self._leaves(kv_caches, group)
-                self.backend.offload(group, leaves, entries)
+                self.movers[group].offload(leaves, entries)
                 kv_caches, _ = self._write(kv_caches, group, leaves, entries)
                 count = bucket_size(count) + 1
         return kv_caches
@@ -200,50 +206,53 @@ class BlockTransfer:
             if ticket.done():
                 ticket.wait()
 
-    def _pages(self, group: GroupId) -> GroupPages:
-        groups = self.canonical.groups
-        if not 0 <= group < len(groups):
-            raise ConfigError(f"there is no group {group}; the caches have groups 0 to {len(groups) - 1}")
-        return groups[group]
+    def _record(self, group: GroupId) -> GroupRecord:
+        records = self.canonical.records
+        if not 0 <= group < len(records):
+            raise ConfigError(f"there is no group {group}; the caches have groups 0 to {len(records) - 1}")
+        return records[group]
 
-    def _leaves(self, kv_caches: KVCaches, group: GroupId) -> list[jax.Array]:
-        self._pages(group)
+    def _leaves(self, kv_caches: KVCaches, group: GroupId) -> dict[int, jax.Array]:
+        self._record(group)
         leaves = self.canonical.group_leaves(kv_caches, group)
-        self.backend.require_reachable(only_device(leaves))
-        return leaves
+        if any(issubclass(kind, jax.core.Tracer) for kind in set(map(type, leaves))):
+            raise CacheMismatchError(
+                "a BlockTransfer moves concrete arrays and cannot be called inside jit; "
+                "use jaxkv.transfer.offload and restore there"
+            )
+        return dict(zip(self.canonical.groups[group].leaves, leaves, strict=True))
 
     @contextmanager
     def _pinned(
         self, group: GroupId, block_ids: ArrayLike, slots: Sequence[Slot], first_block: int
     ) -> Iterator[Entries]:
         """Checks ids and slots, pins the slots and makes the arrays of one program. An error unpins them."""
-        pages = self._pages(group)
-        ids = check_block_ids(block_ids, pages.num_blocks)
+        record = self._record(group)
+        ids = check_block_ids(block_ids, record.num_blocks)
         check_first_block(first_block)
         check_slots(slots, self.chunk_bytes(group), first_block + len(ids), self.blocks_per_chunk)
         self.settle()
         addresses = self.pool.pin(slots)
         try:
-            yield make_entries(ids, addresses, pages, self.blocks_per_chunk, first_block)
+            yield make_entries(ids, addresses, record.record_bytes, self.blocks_per_chunk, first_block)
         except BaseException:
             self.pool.unpin(slots)
             raise
 
     def _write(
-        self, kv_caches: KVCaches, group: GroupId, leaves: Sequence[jax.Array], entries: Entries
-    ) -> tuple[KVCaches, Status]:
+        self, kv_caches: KVCaches, group: GroupId, leaves: Mapping[int, jax.Array], entries: Entries
+    ) -> tuple[KVCaches, list[Move]]:
         try:
-            written, status = self.backend.restore(group, leaves, entries)
+            written, moves = self.movers[group].restore(leaves, entries)
         except jax.errors.JaxRuntimeError:
-            _require_distinct_buffers(leaves)
+            _require_distinct_buffers(list(leaves.values()))
             raise
         if self.backend.restores_in_place:
-            self._count_copies(leaves)
-        return self.canonical.replace(kv_caches, group, written), status
+            self._count_copies(sum(move.num_copied_leaves for move in moves))
+        return self.canonical.replace(kv_caches, group, list(written.values())), moves
 
-    def _start(self, group: GroupId, entries: Entries, slots: Sequence[Slot], status: Status) -> Ticket:
-        block_bytes = self._pages(group).block_bytes
-        ticket = Ticket(status, group, entries.block_ids, block_bytes, partial(self._end, slots))
+    def _start(self, group: GroupId, slots: Sequence[Slot], moves: Sequence[Move]) -> Ticket:
+        ticket = Ticket(group, moves, partial(self._end, slots))
         with self._lock:
             self._under_way.add(ticket)
         if ticket.done():
@@ -255,9 +264,7 @@ class BlockTransfer:
         with self._lock:
             self._under_way.discard(ticket)
 
-    def _count_copies(self, donated: Sequence[jax.Array]) -> None:
-        # XLA deletes what it reuses; what it had to copy stays alive.
-        copied = sum(not leaf.is_deleted() for leaf in donated)
+    def _count_copies(self, copied: int) -> None:
         if not copied:
             return
         with self._lock:
@@ -272,25 +279,40 @@ class BlockTransfer:
             )
 
 
-def make_backend(name: str, pool: HostPool, canonical: CanonicalKVCaches) -> TransferBackend:
+def make_backend(name: str, pool: AnyPool) -> TransferBackend:
     """The backend of that name. ``"auto"`` is ``"cpu"`` where JAX runs on the CPU, else ``"xla"``."""
     if name == "auto":
         name = "cpu" if jax.default_backend() == "cpu" else "xla"
     match name:
         case "cpu":
-            return CpuBackend(pool, canonical.groups)
+            return CpuBackend(pool)
         case "xla":
-            return XlaBackend(pool, canonical.groups)
+            return XlaBackend(pool)
         case "cuda":
             raise NativeError("this build of jaxkv has no CUDA backend; use backend='xla' on a GPU")
         case _:
             raise ConfigError(f"unknown backend {name!r}; use 'auto', 'cpu', 'xla' or 'cuda'")
 
 
+def _make_movers(backend: TransferBackend, canonical: CanonicalKVCaches, data_shard: int) -> list[GroupMover]:
+    movers = []
+    for local, record in zip(canonical.groups, canonical.records, strict=True):
+        if not 0 <= data_shard < record.num_data_shards:
+            raise ConfigError(
+                f"there is no data shard {data_shard}; the block axes of the caches are split into "
+                f"{record.num_data_shards}"
+            )
+        sharding = canonical.positions.unique[local.leaves[0]].sharding
+        devices = () if sharding is None else tuple(sharding.addressable_devices)
+        movers.append(make_group_mover(backend, record, data_shard, devices))
+    return movers
+
+
 def _require_distinct_buffers(leaves: Sequence[jax.Array]) -> None:
     """Says why XLA refused to donate: two arrays may be one buffer, which it never gives away twice."""
-    pointers = {leaf.unsafe_buffer_pointer() for leaf in leaves if not leaf.is_deleted()}
-    if len(pointers) != len(leaves):
+    if any(leaf.is_deleted() or len(leaf.sharding.device_set) > 1 for leaf in leaves):
+        return
+    if len({leaf.unsafe_buffer_pointer() for leaf in leaves}) != len(leaves):
         raise CacheMismatchError(
             "two cache leaves share one buffer, but were separate when the caches were registered; "
             "give each leaf an array of its own"

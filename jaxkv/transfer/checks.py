@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 from numpy.typing import ArrayLike
 
-from jaxkv.canonical import GroupPages
 from jaxkv.errors import BlockIdError, CacheMismatchError, SlotError
 from jaxkv.host_pool import ADDRESS_UNIT_BYTES, Slot
 
@@ -43,8 +42,8 @@ def only_device(leaves: Sequence[jax.Array]) -> jax.Device:
     devices: set[jax.Device] = set().union(*[leaf.sharding.device_set for leaf in leaves])
     if len(devices) != 1:
         raise CacheMismatchError(
-            f"the cache leaves of one group are spread over {len(devices)} devices; "
-            "transfers serve caches on one device, so make one per device"
+            f"the cache leaves of one group lie on {len(devices)} devices, but were registered on one; "
+            "register the caches as they are now"
         )
     return devices.pop()
 
@@ -109,7 +108,7 @@ def check_slots_differ(slots: Sequence[Slot]) -> None:
 def make_entries(
     block_ids: npt.NDArray[np.int32],
     slot_addresses: Sequence[int],
-    pages: GroupPages,
+    record_bytes: int,
     blocks_per_chunk: int,
     first_block: int,
 ) -> Entries:
@@ -124,5 +123,5 @@ def make_entries(
     chunk, within = np.divmod(first_block + np.arange(count), blocks_per_chunk)
     addresses = np.zeros(len(ids), np.int32)
     bases = np.asarray(slot_addresses, np.int64)
-    addresses[:count] = bases[chunk] + within * (pages.record_bytes // ADDRESS_UNIT_BYTES)
+    addresses[:count] = bases[chunk] + within * (record_bytes // ADDRESS_UNIT_BYTES)
     return Entries(ids, addresses, int(np.count_nonzero(block_ids >= 0)))

@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 from jax.typing import ArrayLike
 
-from jaxkv.canonical import GroupPages
 from jaxkv.errors import BlockIdError, CacheMismatchError
-from jaxkv.host_pool import HostPool
+from jaxkv.records import GroupPages
+from jaxkv.shared_pool import AnyPool
 from jaxkv.transfer.status import STATUS_SIZE
 from jaxkv.transfer.targets import GATHER_PAGES, OFFLOAD, RESTORE, SCATTER_PAGES, register_targets
 
@@ -65,7 +65,7 @@ def scatter_pages(
 
 
 def offload(
-    pool: HostPool,
+    pool: AnyPool,
     token: ArrayLike,
     leaves: Sequence[jax.Array],
     block_ids: ArrayLike,
@@ -84,7 +84,7 @@ def offload(
 
 
 def restore(
-    pool: HostPool,
+    pool: AnyPool,
     token: ArrayLike,
     leaves: Sequence[jax.Array],
     block_ids: ArrayLike,
@@ -103,7 +103,7 @@ def restore(
 
 
 def read_blocks(
-    pool: HostPool,
+    pool: AnyPool,
     token: ArrayLike,
     leaves: Sequence[jax.Array],
     block_ids: ArrayLike,
@@ -122,7 +122,7 @@ def read_blocks(
 
 
 def _pool_call(
-    target: str, pool: HostPool, leaves: Sequence[jax.Array], pages: GroupPages, *, hands_on: bool
+    target: str, pool: AnyPool, leaves: Sequence[jax.Array], pages: GroupPages, *, hands_on: bool
 ) -> Any:
     _require_leaves(leaves, pages)
     register_targets()
@@ -169,12 +169,16 @@ def _require_leaves(leaves: Sequence[jax.Array], pages: GroupPages) -> None:
 
 
 def _geometry(pages: GroupPages) -> dict[str, Any]:
-    return {"record_bytes": np.int64(pages.record_bytes), "plans": _plan_rows(pages)}
+    return {
+        "record_bytes": np.int64(pages.record_bytes),
+        "clear_from": np.int64(pages.clear_from),
+        "plans": _plan_rows(pages),
+    }
 
 
 @lru_cache(maxsize=256)
 def _plan_rows(pages: GroupPages) -> npt.NDArray[np.int64]:
-    """The plans as in ``ffi/copy.h``, twelve numbers each; leaves by their place in ``pages.leaves``."""
+    """The plans as in ``ffi/copy.h``, fourteen numbers each; leaves by their place in ``pages.leaves``."""
     place = {leaf: i for i, leaf in enumerate(pages.leaves)}
     rows = [
         (
@@ -190,6 +194,8 @@ def _plan_rows(pages: GroupPages) -> npt.NDArray[np.int64]:
             placement.plan.inner_count,
             placement.plan.inner_leaf_stride,
             placement.plan.inner_page_stride,
+            placement.plan.num_rows,
+            placement.plan.row_stride,
         )
         for placement in pages.placements
     ]

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from jaxkv.canonical import GroupPages
 from jaxkv.host_pool import ADDRESS_UNIT_BYTES
+from jaxkv.records import GroupPages
 from jaxkv.transfer.status import make_status
 
 Bytes = npt.NDArray[np.uint8]
@@ -78,7 +78,7 @@ def _move_all(
             if writes_leaves:
                 _write_block(leaves, block, record, pages)
             else:
-                record[:] = 0
+                record[pages.clear_from :] = 0
                 _read_block(leaves, block, record, pages)
     counts = Counter(reason for _, reason in refused)
     return make_status(moved=len(moved), first_refused=refused[0][0] if refused else 0, **counts)
@@ -100,7 +100,8 @@ def _runs(block: int, pages: GroupPages) -> Iterator[tuple[int, slice, slice]]:
         plan = placement.plan
         for o in range(plan.outer_count):
             for i in range(plan.inner_count):
-                at_leaf = plan.leaf_offset + block * plan.block_stride
+                row, entry = divmod(block, plan.num_blocks // plan.num_rows)
+                at_leaf = plan.leaf_offset + row * plan.row_stride + entry * plan.block_stride
                 at_leaf += o * plan.outer_leaf_stride + i * plan.inner_leaf_stride
                 at_record = plan.record_offset + o * plan.outer_page_stride + i * plan.inner_page_stride
                 yield (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -28,51 +28,75 @@ class TransferResult:
 
 
 @final
-class Ticket:
-    """One transfer. ``wait`` may be called any number of times, from any thread."""
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One program of a transfer: its status to come, the ids it was given, bytes of one of its blocks.
 
-    def __init__(
-        self,
-        status: Status,
-        group: GroupId,
-        block_ids: npt.NDArray[np.int32],
-        block_bytes: int,
-        on_end: Callable[[Ticket], None],
-    ) -> None:
-        self._status: Status | None = status
+    ``num_copied_leaves`` were given to be written in place and were copied. ``where`` names the device, where
+    there are several.
+    """
+
+    status: Status
+    block_ids: npt.NDArray[np.int32]
+    block_bytes: int
+    num_copied_leaves: int = 0
+    where: str | None = None
+
+    def done(self) -> bool:
+        """Whether ``read`` would return at once."""
+        is_ready = getattr(self.status, "is_ready", None)  # jax.Array does not declare it
+        return is_ready is None or bool(is_ready())
+
+    def read(self) -> TransferResult:
+        """How the program ended, once it has."""
+        try:
+            counts = np.asarray(self.status).tolist()
+        except Exception as error:  # Whatever XLA raises is how this program ended.
+            return TransferResult(0, 0.0, self._tell(f"the program failed: {error}"))
+        moved, wanted = counts[StatusEntry.MOVED], int(np.count_nonzero(self.block_ids >= 0))
+        error_text = explain_refusals(counts, self.block_ids)
+        if error_text is None and moved != wanted:
+            error_text = f"{moved} blocks moved, {wanted} were asked for"
+        return TransferResult(
+            moved * self.block_bytes,
+            counts[StatusEntry.ELAPSED_US] * 1e-6,
+            error_text and self._tell(error_text),
+        )
+
+    def _tell(self, text: str) -> str:
+        return text if self.where is None else f"{self.where}: {text}"
+
+
+@final
+class Ticket:
+    """One transfer of a group. ``wait`` may be called any number of times, from any thread."""
+
+    def __init__(self, group: GroupId, moves: Sequence[Move], on_end: Callable[[Ticket], None]) -> None:
         self._group = group
-        self._block_ids = block_ids
-        self._block_bytes = block_bytes
+        self._moves: Sequence[Move] = moves
         self._on_end = on_end
         self._lock = threading.Lock()
         self._result: TransferResult | None = None
 
     def done(self) -> bool:
         """Whether ``wait`` would return at once."""
-        is_ready = getattr(self._status, "is_ready", None)  # jax.Array does not declare it
-        return is_ready is None or bool(is_ready())
+        return all(move.done() for move in self._moves)
 
     def wait(self) -> TransferResult:
         """The result, once the transfer has ended. A failed transfer is a result, not an exception."""
         with self._lock:
             if self._result is None:
-                assert self._status is not None
-                self._result = self._read(self._status)
-                self._status = None
+                self._result = self._read()
+                self._moves = ()
                 self._on_end(self)
             return self._result
 
-    def _read(self, status: Status) -> TransferResult:
-        try:
-            counts = np.asarray(status).tolist()
-        except Exception as error:  # Whatever XLA raises is how this transfer ended.
-            return TransferResult(0, 0.0, f"group {self._group}: the program failed: {error}")
-        moved, wanted = counts[StatusEntry.MOVED], int(np.count_nonzero(self._block_ids >= 0))
-        error_text = explain_refusals(counts, self._block_ids)
-        if error_text is None and moved != wanted:
-            error_text = f"{moved} blocks moved, {wanted} were asked for"
+    def _read(self) -> TransferResult:
+        """All programs together. They run side by side, so the slowest says how long it took."""
+        results = [move.read() for move in self._moves]
+        errors = [result.error for result in results if result.error is not None]
         return TransferResult(
-            moved * self._block_bytes,
-            counts[StatusEntry.ELAPSED_US] * 1e-6,
-            error_text and f"group {self._group}: {error_text}",
+            sum(result.num_bytes for result in results),
+            max((result.elapsed_s for result in results), default=0.0),
+            f"group {self._group}: {'; '.join(errors)}" if errors else None,
         )

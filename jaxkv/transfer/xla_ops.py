@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from jax.typing import DTypeLike
 
-from jaxkv.canonical import GroupPages
 from jaxkv.errors import CacheMismatchError
-from jaxkv.layout import PagePlan
+from jaxkv.page_plan import PagePlan
+from jaxkv.records import GroupPages
 from jaxkv.transfer.status import STATUS_SIZE, StatusEntry
 
 
@@ -68,6 +68,14 @@ def scatter_pages(
     return [_from_bytes(data, leaf) for data, leaf in zip(flat, leaves, strict=True)], status
 
 
+def written_bytes(pages: GroupPages) -> slice | npt.NDArray[np.int64]:
+    """The bytes of a record that ``pages`` write: all of them, or their places."""
+    if pages.block_bytes == pages.clear_from:
+        return slice(None)
+    places = [_UnitView(placement.plan, 0).record_bytes() for placement in pages.placements]
+    return np.concatenate([*places, np.arange(pages.clear_from, pages.record_bytes)])
+
+
 class _UnitView:
     """A leaf as rows of the largest unit all offsets of a plan share, so that 32-bit indices reach far."""
 
@@ -76,6 +84,7 @@ class _UnitView:
         self.unit = math.gcd(
             leaf_bytes,
             plan.leaf_offset,
+            plan.row_stride,
             plan.block_stride,
             plan.run_bytes,
             plan.outer_leaf_stride,
@@ -92,7 +101,10 @@ class _UnitView:
         plan = self._plan
         offsets = plan.leaf_offset + self._grid(plan.outer_leaf_stride, plan.inner_leaf_stride, self.unit)
         rows = jnp.asarray(offsets // self.unit, jnp.int32)
-        return blocks[:, None] * (plan.block_stride // self.unit) + rows
+        blocks_per_row = plan.num_blocks // plan.num_rows
+        starts = blocks // blocks_per_row * (plan.row_stride // self.unit)
+        starts += blocks % blocks_per_row * (plan.block_stride // self.unit)
+        return starts[:, None] + rows
 
     def record_bytes(self) -> npt.NDArray[np.int64]:
         """The record byte of each byte of a page, in page order."""
