@@ -1,8 +1,8 @@
 """KV cache offloading for JAX serving stacks: hybrid paged caches to host memory and back.
 
-Public are the names exported here and the subpackages ``jaxkv.transfer`` (page and pool ops),
-``jaxkv.offload`` (backends), ``jaxkv.connector`` (vLLM's connector API), ``jaxkv.serving`` (a serving loop)
-and ``jaxkv.testing`` (a test kit). Anything else may change.
+Public are the names exported here, ``jaxkv.views`` (typed arrays in rows of bytes) and the subpackages
+``jaxkv.transfer`` (page and pool ops), ``jaxkv.offload`` (backends), ``jaxkv.connector`` (vLLM's connector
+API), ``jaxkv.serving`` (a serving loop) and ``jaxkv.testing`` (a test kit). Anything else may change.
 """
 
 from jaxkv.canonical import CanonicalKVCaches, canonicalize
