@@ -41,7 +41,8 @@ class LeafPositions:
             # Every step runs this for every leaf, so the check is made here and explained elsewhere.
             if not isinstance(leaf, jax.Array) or leaf.shape != known.shape or leaf.dtype != known.dtype:
                 raise _other_kind(leaf, known)
-            _require_same_sharding(leaf, known)
+            if known.sharding is not None:
+                _require_sharding(leaf, known, known.sharding)
             first = found.setdefault(index, leaf)
             if first is not leaf and not _same_buffer(first, leaf):
                 raise CacheMismatchError(
@@ -69,7 +70,10 @@ class LeafPositions:
         if any(issubclass(kind, jax.core.Tracer) for kind in set(map(type, leaves))):
             return
         for leaf, known in zip(leaves, self.unique, strict=True):
-            if leaf.is_deleted() or any(buffer.is_deleted() for buffer in _spread_buffers(leaf, known)):
+            # Of a leaf on several devices some parts may be deleted while the leaf itself is not.
+            if leaf.is_deleted() or (
+                known.sharding is not None and any(buffer.is_deleted() for buffer in _buffers(leaf))
+            ):
                 raise _deleted(known.label)
         if len(set(map(id, leaves))) != len(leaves):
             raise CacheMismatchError(
@@ -174,11 +178,6 @@ def _buffers(leaf: jax.Array) -> list[jax.Array]:
     return [shard.data for shard in leaf.addressable_shards]
 
 
-def _spread_buffers(leaf: jax.Array, known: CacheLeaf) -> list[jax.Array]:
-    """The parts of a leaf on several devices. Of these some may be deleted while the leaf itself is not."""
-    return [] if known.sharding is None else _buffers(leaf)
-
-
 def _require_storable(leaf: Any, label: str) -> None:
     if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
         raise CacheMismatchError(
@@ -223,12 +222,12 @@ def _require_one_view(leaf: CacheLeaf, known: CacheLeaf) -> None:
         raise CacheMismatchError(f"{leaf} and {known} are one buffer; give both the same array")
 
 
-def _require_same_sharding(leaf: jax.Array, known: CacheLeaf) -> None:
-    if known.sharding is None or isinstance(leaf, jax.core.Tracer) or leaf.sharding == known.sharding:
+def _require_sharding(leaf: jax.Array, known: CacheLeaf, sharding: jax.sharding.Sharding) -> None:
+    if isinstance(leaf, jax.core.Tracer) or leaf.sharding == sharding:
         return
-    if not leaf.sharding.is_equivalent_to(known.sharding, leaf.ndim):
+    if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
         raise CacheMismatchError(
-            f"{known} was registered with {known.sharding} and is now on {leaf.sharding}; "
+            f"{known} was registered with {sharding} and is now on {leaf.sharding}; "
             "keep its sharding, with out_shardings of the function that returned it, or register anew"
         )
 
