@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, final
 
 import jax.numpy as jnp
@@ -36,6 +37,11 @@ def dtype_bits(dtype: DTypeLike) -> int:
         raise ConfigError(f"{dtype!r} is not a dtype; give one that jax.numpy knows") from error
     if dtype is None:
         raise ConfigError("a cache dtype of None would mean float64 to NumPy; name the dtype")
+    return _known_bits(known)
+
+
+@lru_cache
+def _known_bits(known: np.dtype[Any]) -> int:
     if not jnp.issubdtype(known, jnp.integer) and not jnp.issubdtype(known, jnp.floating):
         return 8 * known.itemsize
     info: Any = jnp.iinfo if jnp.issubdtype(known, jnp.integer) else jnp.finfo
