@@ -8,10 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import assert_never, final
 
 from jaxkv.keys import GroupId
-from jaxkv.spec import FullAttentionSpec, LayerSpec, MambaSpec, SlidingWindowSpec
+from jaxkv.spec import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    LayerSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
 IsPresent = Callable[[GroupId, int], bool]
 """Whether chunk ``index`` (counted from the start of the request) of a group can be read."""
@@ -26,39 +34,51 @@ class HitGroup:
     tokens_per_chunk: int
 
 
-def required_chunks(group: HitGroup, boundary_tokens: int) -> range:
-    """Chunks that stand for tokens ``[0, boundary_tokens)`` when the next token is computed.
+def required_chunks(group: HitGroup, boundary_tokens: int) -> tuple[int, ...]:
+    """Chunks, ascending, that stand for tokens ``[0, boundary_tokens)`` when the next token is computed.
 
-    ``boundary_tokens`` is a multiple of the group's chunk. Full attention reads every token; a window of W
-    reads the W - 1 tokens before the next one; a recurrent layer reads the state at the boundary alone.
+    ``boundary_tokens`` is a multiple of the group's chunk.
     """
-    end = boundary_tokens // group.tokens_per_chunk
-    match group.spec:
-        case FullAttentionSpec():
-            return range(end)
-        case SlidingWindowSpec(sliding_window=window):
-            first_token = max(0, boundary_tokens - (window - 1))
-            return range(min(first_token // group.tokens_per_chunk, end), end)
-        case MambaSpec():
-            return range(max(0, end - 1), end)
-        case _:
-            assert_never(group.spec)
+    unread = _unread_chunks(group, boundary_tokens)
+    return (*range(unread.start), *range(unread.stop, boundary_tokens // group.tokens_per_chunk))
 
 
-def first_needed_block(spec: LayerSpec, num_computed_tokens: int) -> int:
-    """Index of the first block a request must still hold after ``num_computed_tokens`` tokens.
+def unread_blocks(spec: LayerSpec, num_computed_tokens: int) -> range:
+    """Blocks of a request that no token behind its ``num_computed_tokens`` reads: they may be given back.
 
-    Blocks before it may be given back: no later token of the request reads them.
+    The request must still hold those before them (attention sinks) and all those behind.
+    """
+    return _whole_units(_unread_tokens(spec, num_computed_tokens), spec.block_size)
+
+
+def _unread_chunks(group: HitGroup, boundary_tokens: int) -> range:
+    return _whole_units(_unread_tokens(group.spec, boundary_tokens), group.tokens_per_chunk)
+
+
+def _unread_tokens(spec: LayerSpec, num_computed_tokens: int) -> range:
+    """Computed tokens whose cache no later token reads; what is unread once stays so.
+
+    Full attention and MLA read every token; a window of W its sinks and the W - 1 tokens before the next one;
+    chunked local the tokens since the last multiple of its attention chunk, none at the multiple itself.
+    A recurrent layer reads the state at the boundary alone, which lies in the last token's block.
     """
     match spec:
-        case FullAttentionSpec():
-            return 0
-        case SlidingWindowSpec(sliding_window=window):
-            return max(0, num_computed_tokens - (window - 1)) // spec.block_size
+        case FullAttentionSpec() | MLAAttentionSpec():
+            return range(0)
+        case SlidingWindowSpec(sliding_window=window, sink_len=sinks):
+            return range(sinks, max(sinks, num_computed_tokens - (window - 1)))
+        case ChunkedLocalAttentionSpec(attention_chunk_size=size):
+            return range(num_computed_tokens - num_computed_tokens % size)
         case MambaSpec():
-            return max(0, num_computed_tokens - 1) // spec.block_size
+            return range(max(0, num_computed_tokens - 1))
         case _:
             assert_never(spec)
+
+
+def _whole_units(tokens: range, unit_tokens: int) -> range:
+    """The units of ``unit_tokens`` tokens that lie in ``tokens`` completely; ``range(0)`` for none."""
+    first, end = -(-tokens.start // unit_tokens), tokens.stop // unit_tokens
+    return range(first, end) if first < end else range(0)
 
 
 def longest_hit(
@@ -72,7 +92,8 @@ def longest_hit(
 
     ``known_tokens`` are held already by every group (0, or the device hit when the host is searched), so only
     chunks behind them are asked for. Answers ``known_tokens`` where nothing more can be served. Each group
-    lowers the candidate to what it can serve, round and round, until none objects (vLLM's fixed point).
+    lowers the candidate to the largest boundary it can serve, round and round, until none objects (vLLM's
+    fixed point). No boundary that all can serve is skipped, though a group may serve one and not a lower one.
     """
     boundary = limit_tokens - limit_tokens % alignment_tokens
     settled = 0
@@ -90,22 +111,19 @@ def _largest_served(
     group: HitGroup, group_id: GroupId, known: int, boundary: int, alignment: int, present: IsPresent
 ) -> int:
     """The largest aligned boundary in ``[known, boundary]`` that this group alone can serve."""
-    first_unknown = known // group.tokens_per_chunk
     match group.spec:
-        case FullAttentionSpec():
-            chunk = first_unknown
+        case FullAttentionSpec() | MLAAttentionSpec():
+            chunk = known // group.tokens_per_chunk
             while chunk < boundary // group.tokens_per_chunk and present(group_id, chunk):
                 chunk += 1
             served = chunk * group.tokens_per_chunk
             return max(known, served - served % alignment)
-        case SlidingWindowSpec() | MambaSpec():
+        case SlidingWindowSpec() | ChunkedLocalAttentionSpec() | MambaSpec():
             while boundary > known:
-                needed = required_chunks(group, boundary)
-                missing = _last_missing(
-                    group_id, range(max(needed.start, first_unknown), needed.stop), present
-                )
+                missing = _last_missing(group, group_id, known, boundary, present)
                 if missing is None:
                     return boundary
+                # All boundaries between the missing chunk and this one need that chunk too.
                 below = missing * group.tokens_per_chunk
                 boundary = below - below % alignment
             return known
@@ -113,8 +131,15 @@ def _largest_served(
             assert_never(group.spec)
 
 
-def _last_missing(group_id: GroupId, chunks: range, present: IsPresent) -> int | None:
-    for chunk in reversed(chunks):
+def _last_missing(
+    group: HitGroup, group_id: GroupId, known: int, boundary: int, present: IsPresent
+) -> int | None:
+    """The last chunk that ``boundary`` needs, that ``known`` tokens do not cover and that is not present."""
+    first_unknown = known // group.tokens_per_chunk
+    unread = _unread_chunks(group, boundary)
+    behind = range(max(unread.stop, first_unknown), boundary // group.tokens_per_chunk)
+    sinks = range(first_unknown, unread.start)
+    for chunk in chain(reversed(behind), reversed(sinks)):
         if not present(group_id, chunk):
             return chunk
     return None

@@ -19,10 +19,14 @@ from jaxkv.errors import ConfigError
 
 
 def _require_positive(owner: object, **values: int) -> None:
+    _require_at_least(1, owner, **values)
+
+
+def _require_at_least(least: int, owner: object, **values: int) -> None:
     for name, value in values.items():
-        if not isinstance(value, int | np.integer) or value < 1:
+        if not isinstance(value, int | np.integer) or value < least:
             raise ConfigError(
-                f"{type(owner).__name__}.{name} must be an integer of at least 1, got {value!r}"
+                f"{type(owner).__name__}.{name} must be an integer of at least {least}, got {value!r}"
             )
 
 
@@ -113,8 +117,7 @@ class SlidingWindowSpec:
 
     def __post_init__(self) -> None:
         _require_attention(self, sliding_window=self.sliding_window)
-        if self.sink_len < 0:
-            raise ConfigError(f"SlidingWindowSpec.sink_len must not be negative, got {self.sink_len}")
+        _require_at_least(0, self, sink_len=self.sink_len)
 
 
 @final
@@ -171,10 +174,7 @@ class MambaSpec:
 
     def __post_init__(self) -> None:
         _require_positive(self, block_size=self.block_size)
-        if self.num_speculative_blocks < 0:
-            raise ConfigError(
-                f"MambaSpec.num_speculative_blocks must not be negative, got {self.num_speculative_blocks}"
-            )
+        _require_at_least(0, self, num_speculative_blocks=self.num_speculative_blocks)
         if not self.shapes or len(self.shapes) != len(self.dtypes):
             raise ConfigError(
                 f"MambaSpec needs one dtype for each state shape, got {len(self.shapes)} shapes "

@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 
 from jaxkv.connector import OffloadingConfig, OffloadingConnector, SchedulerOutput
-from jaxkv.hits import first_needed_block
+from jaxkv.hits import unread_blocks
 from jaxkv.keys import chain_root, hash_block
 from jaxkv.spec import (
     FullAttentionSpec,
@@ -316,24 +316,20 @@ class Loop:
 
     def allocate_hit(self, request: LoopRequest, num_tokens: int) -> bool:
         """Blocks for a hit, and those the next step needs, so that a waiting load cannot deadlock."""
-        wanted = [
-            (group.spec, num_tokens // group.block_size, first_needed_block(group.spec, num_tokens))
-            for group in self.config.groups
-        ]
-        if any(end - first > len(free) for (_, end, first), free in zip(wanted, self.free, strict=True)):
+        wanted: list[list[bool]] = []
+        for group in self.config.groups:
+            unread = unread_blocks(group.spec, num_tokens)
+            wanted.append([position not in unread for position in range(num_tokens // group.block_size)])
+        if any(sum(real) > len(free) for real, free in zip(wanted, self.free, strict=True)):
             return False
-        for index, (_, end, first) in enumerate(wanted):
-            request.tables[index] = [
-                self.free[index].pop() if position >= first else None for position in range(end)
-            ]
+        for index, flags in enumerate(wanted):
+            request.tables[index] = [self.free[index].pop() if real else None for real in flags]
         return True
 
     def skip_window(self, request: LoopRequest) -> None:
         for index, (group, table) in enumerate(zip(self.config.groups, request.tables, strict=True)):
-            for position in range(
-                min(len(table), first_needed_block(group.spec, request.num_computed_tokens))
-            ):
-                if table[position] is not None:
+            for position in unread_blocks(group.spec, request.num_computed_tokens):
+                if position < len(table) and table[position] is not None:
                     self.free[index].append(table[position])
                     table[position] = None
 

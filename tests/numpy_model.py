@@ -15,7 +15,15 @@ from toy_model import VOCAB, embedding, toy_logits
 
 from jaxkv.serving.programs import StepShape
 from jaxkv.serving.sampling import SamplingBatch, sample
-from jaxkv.spec import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, MambaSpec, SlidingWindowSpec
+from jaxkv.spec import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
 MASK = 0xFFFFFFFF
 _sample = jax.jit(sample)
@@ -23,23 +31,42 @@ _sample = jax.jit(sample)
 
 @dataclass(frozen=True)
 class Layer:
-    """One group of one layer; ``window`` is ``None`` but for a sliding window."""
+    """One group of one layer: ``full``, ``window``, ``local`` (chunked), ``latent`` (MLA) or ``state``.
+
+    ``size`` are the tokens of the window or of the attention chunk, ``sinks`` those visible behind a window.
+    """
 
     kind: str
     block_size: int
-    window: int | None = None
+    size: int | None = None
+    sinks: int = 0
 
     @property
     def spec(self):
+        attention = (self.block_size, 1, 1, np.uint32)
         if self.kind == "state":
             return MambaSpec(self.block_size, ((2,),), (np.uint32,))
-        if self.window is None:
-            return FullAttentionSpec(self.block_size, 1, 1, np.uint32)
-        return SlidingWindowSpec(self.block_size, 1, 1, np.uint32, self.window)
+        if self.kind == "latent":
+            return MLAAttentionSpec(self.block_size, 1, np.uint32)
+        if self.kind == "window":
+            return SlidingWindowSpec(*attention, self.size, sink_len=self.sinks)
+        if self.kind == "local":
+            return ChunkedLocalAttentionSpec(*attention, self.size)
+        return FullAttentionSpec(*attention)
 
     @property
     def page_shape(self):
-        return (2,) if self.kind == "state" else (2, self.block_size)
+        if self.kind == "state":
+            return (2,)
+        return (1 if self.kind == "latent" else 2, self.block_size)
+
+    def visible(self, position):
+        """Places the token at ``position`` reads, its own included, ascending."""
+        if self.kind == "window":
+            return [
+                place for place in range(position + 1) if place < self.sinks or position - place < self.size
+            ]
+        return range(position - position % self.size if self.kind == "local" else 0, position + 1)
 
 
 class HostLeaf(np.ndarray):
@@ -142,33 +169,37 @@ def _attend(layer, before, after, table, hidden, start):
     size, out = layer.block_size, []
     own = {}
     for position, value in enumerate(hidden.tolist(), start):
-        own[position] = _key_value(value, position)
+        own[position] = _cell(layer, value, position)
         block = table[position // size]
         assert block >= 0, f"no block for token {position}"
         after[block, :, position % size] = own[position]
-        first = 0 if layer.window is None else max(0, position - layer.window + 1)
-        old = np.arange(first, start)
+        visible = layer.visible(position)
+        old = np.array([place for place in visible if place < start], int)
         blocks = table[old // size]
         assert (blocks >= 0).all(), f"token {position} reads blocks that are not held: {blocks}"
-        weight = ((position - old) * 2 + 1).astype(np.uint64)
         cells = before[blocks, :, old % size].astype(np.uint64)
-        total = int((cells[:, 0] * weight + cells[:, 1]).sum()) + _new_sum(own, first, position)
+        total = int((cells[:, 0] * _weight(position, old).astype(np.uint64) + cells[:, -1]).sum())
+        total += _sum({place: own[place] for place in visible if place >= start}, position)
         out.append((value * 3 + total) & MASK)
     return np.array(out, np.uint32)
 
 
-def _new_sum(own, first, position):
-    return sum(
-        key * ((position - place) * 2 + 1) + value for place, (key, value) in own.items() if place >= first
-    )
+def _sum(cells, position):
+    return sum(cell[0] * _weight(position, place) + cell[-1] for place, cell in cells.items())
+
+
+def _weight(position, place):
+    return (position - place) * 2 + 1
 
 
 def _next_state(first, second, value):
     return (first * 31 + value) & MASK, second ^ ((value + first) & MASK)
 
 
-def _key_value(hidden, position):
-    return (hidden * 7 + position) & MASK, hidden ^ ((position * 11) & MASK)
+def _cell(layer, hidden, position):
+    """What a token leaves in the cache: key and value, or one latent row that is both."""
+    cell = (hidden * 7 + position) & MASK, hidden ^ ((position * 11) & MASK)
+    return cell[:1] if layer.kind == "latent" else cell
 
 
 class Oracle:
@@ -193,13 +224,9 @@ class Oracle:
                 value ^= first ^ second
                 continue
             cells = self.cells[index]
-            cells.append(_key_value(value, position))
-            first = 0 if layer.window is None else max(0, position - layer.window + 1)
-            total = sum(
-                cells[place][0] * ((position - place) * 2 + 1) + cells[place][1]
-                for place in range(first, position + 1)
-            )
-            value = (value * 3 + total) & MASK
+            cells.append(_cell(layer, value, position))
+            read = {place: cells[place] for place in layer.visible(position)}
+            value = (value * 3 + _sum(read, position)) & MASK
         self.last = value
 
     def next_token(self, params):

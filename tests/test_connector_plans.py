@@ -1,5 +1,6 @@
 """The pure parts of the connector: which chunks can be stored, which are looked up, how a stay is counted."""
 
+import numpy as np
 import pytest
 from connector_loop import BLOCK, STATE_BLOCK, LoopRequest, hybrid_config
 
@@ -9,10 +10,30 @@ from jaxkv.connector.request_state import Tenure
 from jaxkv.connector.store_plan import SkipReason, StoreView, plan_stores, shrinking_prefixes
 from jaxkv.keys import GroupId, OffloadKey, get_offload_block_hash, get_offload_group
 from jaxkv.offload import LookupResult, ReqContext
+from jaxkv.spec import (
+    ChunkedLocalAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
 FULL, WINDOW, STATE = GroupId(0), GroupId(1), GroupId(2)
 REQUEST = LoopRequest("r", list(range(100)))
 CACHES = ChunkedCaches(hybrid_config(), 1)
+LATENT, LOCAL, SINK = GroupId(0), GroupId(1), GroupId(2)
+
+
+def other_kinds(blocks_per_chunk=1):
+    """MLA, attention chunks of 10 tokens, and a window of 10 tokens with 6 sinks."""
+    attention = (BLOCK, 1, 1, np.int64)
+    specs = (
+        MLAAttentionSpec(BLOCK, 1, np.int64),
+        ChunkedLocalAttentionSpec(*attention, 10),
+        SlidingWindowSpec(*attention, 10, sink_len=6),
+    )
+    groups = (KVCacheGroupSpec((f"layer.{index}",), spec, 64) for index, spec in enumerate(specs))
+    return ChunkedCaches(KVCacheConfig(tuple(groups)), blocks_per_chunk)
 
 
 def view(tables, previous, complete, *, next_chunk=(0, 0, 0), limit=100):
@@ -89,6 +110,60 @@ def test_state_is_stored_only_at_a_boundary_where_a_step_ended(complete, expecte
     tables = [[1] * 7, [2] * 7, [None, None, 32, 33]]
     plan = plan_stores(CACHES, view(tables, 9, complete, next_chunk=(9, 9, 0)))
     assert {chunk.index: blocks for chunk, blocks in stored(plan).items()} == expected
+
+
+def test_slots_of_drafted_tokens_are_never_stored():
+    tables = [[1] * 4, [2] * 4, [30, 31, 90, 91]]
+    plan = plan_stores(CACHES, view(tables, 8, 16, next_chunk=(4, 4, 0)))
+    assert stored(plan) == {ChunkId(STATE, 0): (30,), ChunkId(STATE, 1): (31,)}
+
+
+def test_local_chunk_that_ends_an_attention_chunk_is_not_stored():
+    """At 20 tokens a new attention chunk begins: no hit reads block 4, of tokens 16 to 19."""
+    tables = [list(range(10)), list(range(20, 30)), list(range(30, 40))]
+    plan = plan_stores(other_kinds(), view(tables, 12, 28))
+    assert [chunk.index for chunk in stored(plan) if chunk.group == LOCAL] == [2, 3, 5, 6]
+    assert {chunk.index: reason for chunk, reason in plan.skipped.items() if chunk.group == LOCAL} == {
+        0: SkipReason.RELEASED,
+        1: SkipReason.RELEASED,
+        4: SkipReason.UNREAD,
+    }
+    assert [chunk.index for chunk in stored(plan) if chunk.group == LATENT] == list(range(7))
+
+
+def test_local_chunk_keeps_only_blocks_a_later_token_can_read():
+    tables = [list(range(10)), list(range(20, 30)), list(range(30, 40))]
+    plan = plan_stores(other_kinds(4), view(tables, 0, 32))
+    assert stored(plan)[ChunkId(LOCAL, 0)] == (-1, -1, 22, 23)
+    assert stored(plan)[ChunkId(LOCAL, 1)] == (-1, -1, -1, 27)
+
+
+def test_sinks_can_be_stored_as_long_as_the_request_runs():
+    """At 32 tokens the window reads tokens 23 to 31; sinks are tokens 0 to 5, of blocks 0 and 1."""
+    tables = [list(range(10)), list(range(20, 30)), list(range(30, 40))]
+    plan = plan_stores(other_kinds(), view(tables, 32, 40))
+    assert [chunk.index for chunk in stored(plan) if chunk.group == SINK] == [0, 1, 5, 6, 7, 8, 9]
+    plan = plan_stores(other_kinds(8), view(tables, 32, 40))
+    assert stored(plan)[ChunkId(SINK, 0)] == (30, 31, -1, -1, -1, 35, 36, 37)
+
+
+def test_hit_takes_the_chunks_each_kind_of_attention_reads():
+    caches, held = other_kinds(), []
+
+    def lookup(key):
+        held.append(key)
+        return LookupResult.HIT
+
+    found = find_hit(caches, REQUEST.block_hashes, 0, 35, lookup)
+    assert found.boundary_tokens == 32
+    assert found.chunks == (
+        *(ChunkId(LATENT, index) for index in range(8)),
+        ChunkId(LOCAL, 7),
+        *(ChunkId(SINK, index) for index in (0, 1, 5, 6, 7)),
+    )
+    assert set(held) == set(found.keys), "nothing else is looked up"
+    continued = find_hit(caches, REQUEST.block_hashes, 28, 35, lookup)
+    assert continued.chunks == tuple(ChunkId(group, 7) for group in (LATENT, LOCAL, SINK))
 
 
 def test_shrinking_prefixes_get_shorter_and_start_at_the_first_chunk():

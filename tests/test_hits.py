@@ -5,31 +5,57 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxkv.hits import HitGroup, first_needed_block, longest_hit, required_chunks
-from jaxkv.spec import FullAttentionSpec, MambaSpec, SlidingWindowSpec
+from jaxkv.hits import HitGroup, longest_hit, required_chunks, unread_blocks
+from jaxkv.spec import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
 MAX_TOKENS = 96
+SIZES = st.integers(1, 40)
 
 
 def full(block_size=4):
     return FullAttentionSpec(block_size, 1, 8, jnp.float32)
 
 
-def window(size, block_size=4):
-    return SlidingWindowSpec(block_size, 1, 8, jnp.float32, sliding_window=size)
+def window(size, block_size=4, sinks=0):
+    return SlidingWindowSpec(block_size, 1, 8, jnp.float32, sliding_window=size, sink_len=sinks)
+
+
+def local(size, block_size=4):
+    return ChunkedLocalAttentionSpec(block_size, 1, 8, jnp.float32, attention_chunk_size=size)
+
+
+def latent(block_size=4):
+    return MLAAttentionSpec(block_size, 8, jnp.float32)
 
 
 def mamba(block_size=4):
     return MambaSpec(block_size, ((2,),), (jnp.float32,))
 
 
+@st.composite
+def specs(draw, block_size):
+    kind = draw(st.sampled_from([full, latent, mamba, window, local]))
+    if kind is window:
+        return window(draw(SIZES), block_size, draw(st.sampled_from([0, 1, 5, 8, 13, 30])))
+    return local(draw(SIZES), block_size) if kind is local else kind(block_size)
+
+
 def tokens_read_next(spec, boundary):
     """Tokens whose cache the token at position ``boundary`` reads; a state stands for the last one."""
-    if isinstance(spec, FullAttentionSpec):
-        return set(range(boundary))
     if isinstance(spec, SlidingWindowSpec):
-        return {t for t in range(boundary) if boundary - t < spec.sliding_window}
-    return set(range(boundary)[-1:])
+        return {t for t in range(boundary) if boundary - t < spec.sliding_window or t < spec.sink_len}
+    if isinstance(spec, ChunkedLocalAttentionSpec):
+        size = spec.attention_chunk_size
+        return {t for t in range(boundary) if t // size == boundary // size}
+    if isinstance(spec, MambaSpec):
+        return set(range(boundary)[-1:])
+    return set(range(boundary))
 
 
 def servable(group, index, boundary, known, table):
@@ -53,8 +79,7 @@ def hit_questions(draw):
     for _ in range(draw(st.integers(1, 4))):
         chunk = draw(st.sampled_from(sizes))
         block = draw(st.sampled_from([size for size in sizes if chunk % size == 0]))
-        kind = draw(st.sampled_from([full(block), window(draw(st.integers(1, 40)), block), mamba(block)]))
-        groups.append(HitGroup(kind, chunk))
+        groups.append(HitGroup(draw(specs(block)), chunk))
     absent = draw(
         st.sets(st.tuples(st.integers(0, len(groups) - 1), st.integers(0, MAX_TOKENS)), max_size=25)
     )
@@ -63,7 +88,7 @@ def hit_questions(draw):
     return groups, known, draw(st.integers(0, MAX_TOKENS)), alignment, table
 
 
-@settings(max_examples=1500)
+@settings(max_examples=1000)
 @given(hit_questions())
 def test_longest_hit_is_the_largest_boundary_every_group_can_serve(question):
     groups, known, limit, alignment, table = question
@@ -101,6 +126,27 @@ def test_longest_hit_never_asks_for_chunks_held_already_or_past_the_limit(questi
         (window(10), 4, 12, range(3)),
         (window(100), 4, 12, range(3)),
         (window(5), 4, 0, range(0)),
+        (window(5, sinks=1), 4, 24, [0, 5]),
+        (window(5, sinks=4), 4, 24, [0, 5]),
+        (window(5, sinks=5), 4, 24, [0, 1, 5]),
+        (window(5, sinks=5), 8, 24, [0, 2]),
+        (window(5, sinks=9), 8, 24, [0, 1, 2]),
+        (window(1, sinks=4), 4, 24, [0]),
+        (window(5, sinks=30), 4, 24, range(6)),
+        (window(9, sinks=5), 4, 4, [0]),
+        (local(16), 4, 0, []),
+        (local(16), 4, 12, range(3)),
+        (local(16), 4, 16, []),
+        (local(16), 4, 20, [4]),
+        (local(16), 8, 24, [2]),
+        (local(10), 4, 12, [2]),
+        (local(10), 4, 20, []),
+        (local(10), 4, 28, [5, 6]),
+        (local(10), 8, 24, [2]),
+        (local(3), 4, 20, [4]),
+        (local(4), 4, 20, []),
+        (local(1), 4, 20, []),
+        (latent(), 4, 12, range(3)),
         (mamba(), 4, 0, range(0)),
         (mamba(), 4, 4, range(1)),
         (mamba(), 4, 12, range(2, 3)),
@@ -108,19 +154,25 @@ def test_longest_hit_never_asks_for_chunks_held_already_or_past_the_limit(questi
     ],
 )
 def test_required_chunks_are_those_the_next_token_reads(spec, tokens_per_chunk, boundary, chunks):
-    assert list(required_chunks(HitGroup(spec, tokens_per_chunk), boundary)) == list(chunks)
+    assert required_chunks(HitGroup(spec, tokens_per_chunk), boundary) == tuple(chunks)
 
 
-@given(
-    st.sampled_from([full, window, mamba]), st.integers(1, 8), st.integers(1, 40), st.integers(0, MAX_TOKENS)
-)
-def test_first_needed_block_is_the_first_any_later_token_reads(kind, block_size, size, computed):
-    spec = window(size, block_size) if kind is window else kind(block_size)
-    first = first_needed_block(spec, computed)
-    read = {t // block_size for n in range(computed, computed + 50) for t in tokens_read_next(spec, n)}
-    blocks_now = {b for b in read if b * block_size < computed}
-    # A window that begins right behind the computed tokens reads none of the blocks held now.
-    assert first == min(blocks_now, default=computed // block_size)
+@given(st.data(), st.integers(1, 4), st.integers(1, 4), st.integers(0, 12))
+def test_required_chunks_of_any_spec_are_those_the_next_token_reads(data, block_size, blocks, index):
+    group = HitGroup(data.draw(specs(block_size)), block_size * blocks)
+    boundary = index * group.tokens_per_chunk
+    read = {token // group.tokens_per_chunk for token in tokens_read_next(group.spec, boundary)}
+    assert required_chunks(group, boundary) == tuple(sorted(read))
+
+
+@given(st.data(), st.integers(1, 8), st.integers(0, MAX_TOKENS))
+def test_unread_blocks_are_those_no_later_token_reads(data, block_size, computed):
+    spec = data.draw(specs(block_size))
+    later = range(computed, computed + 50)
+    read = {token // block_size for position in later for token in tokens_read_next(spec, position)}
+    # The block that tokens are still written to is kept, though a window of one token reads none of it.
+    complete = computed // block_size
+    assert set(unread_blocks(spec, computed)) == set(range(complete)) - read
 
 
 def test_hit_of_full_and_window_groups_stops_before_a_hole_in_the_window():
@@ -135,6 +187,26 @@ def test_hit_of_a_state_group_ends_where_a_state_was_kept():
     groups = [HitGroup(full(), 4), HitGroup(mamba(), 4)]
     table = {(0, c) for c in range(6)} | {(1, 2)}
     assert longest_hit(groups, 0, 24, 4, lambda g, c: (g, c) in table) == 12
+
+
+def test_hit_of_a_chunked_local_group_may_be_longer_than_one_it_cannot_serve():
+    groups = [HitGroup(full(), 4), HitGroup(local(16), 4)]
+    table = {(0, c) for c in range(8)} | {(1, 5)}
+    assert longest_hit(groups, 0, 12, 4, lambda g, c: (g, c) in table) == 0
+    assert longest_hit(groups, 0, 16, 4, lambda g, c: (g, c) in table) == 16
+    assert longest_hit(groups, 0, 32, 4, lambda g, c: (g, c) in table) == 32
+    table.discard((0, 7))
+    assert longest_hit(groups, 0, 32, 4, lambda g, c: (g, c) in table) == 16
+    table.add((1, 4))
+    assert longest_hit(groups, 0, 32, 4, lambda g, c: (g, c) in table) == 24
+
+
+def test_hit_of_a_window_with_sinks_ends_before_a_hole_in_the_sinks():
+    groups = [HitGroup(window(6, sinks=7), 4)]
+    table = {(0, c) for c in (0, 1, 4, 5)}
+    assert longest_hit(groups, 0, 24, 4, lambda g, c: (g, c) in table) == 24
+    table.discard((0, 1))
+    assert longest_hit(groups, 0, 24, 4, lambda g, c: (g, c) in table) == 4
 
 
 def test_hit_falls_back_to_what_is_known_when_nothing_more_is_present():

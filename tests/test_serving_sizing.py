@@ -10,8 +10,16 @@ from toy_model import ToyModel, oracle_tokens, random_prompt
 
 from jaxkv.errors import ConfigError
 from jaxkv.serving import EngineConfig, LLMEngine, SamplingParams, divide_device_bytes
+from jaxkv.serving.cache_manager import blocks_of_step
+from jaxkv.serving.chunking import Chunk
 from jaxkv.serving.sizing import blocks_to_serve
-from jaxkv.spec import FullAttentionSpec, MambaSpec, SlidingWindowSpec
+from jaxkv.spec import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
 FULL = FullAttentionSpec(16, 1, 256, jnp.float32)
 WINDOW = SlidingWindowSpec(16, 1, 256, jnp.float32, 512)
@@ -46,6 +54,42 @@ def test_the_pages_never_exceed_the_ceiling_and_little_is_left(extra, max_tokens
     assert all(count >= need for count, need in zip(counts, least, strict=True))
     if extra > 100_000_000:
         assert used > 0.9 * (LEAST_BYTES + extra)
+
+
+@given(
+    block_size=st.integers(1, 8),
+    size=st.integers(1, 40),
+    sinks=st.integers(0, 30),
+    num_tokens=st.integers(1, 500),
+)
+def test_no_step_holds_more_blocks_than_a_request_is_said_to_need(block_size, size, sinks, num_tokens):
+    window = SlidingWindowSpec(block_size, 1, 8, jnp.float32, size, sink_len=sinks)
+    local = ChunkedLocalAttentionSpec(block_size, 1, 8, jnp.float32, size)
+    for spec in (window, local, MLAAttentionSpec(block_size, 8, jnp.float32)):
+        steps = [Chunk(start, start + 1, 1) for start in range(num_tokens)]
+        most = max(len(blocks_of_step(spec, chunk, num_tokens)) for chunk in steps)
+        needed = blocks_to_serve(spec, num_tokens, chunk_tokens=1)
+        assert most <= needed
+        if num_tokens > 400:  # long enough for every place a window or an attention chunk can have in blocks
+            assert most == needed
+
+
+@pytest.mark.parametrize(
+    ("size", "chunk_tokens", "num_blocks"), [(64, 1, 4), (64, 32, 6), (64, 33, 6), (60, 1, 5), (7, 1, 2)]
+)
+def test_chunked_local_attention_needs_an_attention_chunk_and_a_step(size, chunk_tokens, num_blocks):
+    spec = ChunkedLocalAttentionSpec(16, 1, 8, jnp.float32, size)
+    assert blocks_to_serve(spec, 5000, chunk_tokens) == num_blocks
+    held = [len(blocks_of_step(spec, Chunk(n, n + chunk_tokens, 64), 5000)) for n in range(1000)]
+    assert max(held) == num_blocks
+
+
+def test_a_recurrent_layer_needs_slots_for_drafted_tokens_beside_its_two_states():
+    spec = MambaSpec(16, ((2,),), (jnp.float32,), num_speculative_blocks=3)
+    assert blocks_to_serve(spec, 500, 32) == 5
+    assert blocks_to_serve(spec, 16, 32) == 4
+    config = divide_device_bytes([(("s",), spec)], 5 * 8, 500, (500,))
+    assert config.groups[0].num_blocks == 5
 
 
 @pytest.mark.parametrize("args", [(0, (32,)), (10, ()), (10, (0, 32))])

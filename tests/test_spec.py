@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 
 from jaxkv.errors import ConfigError
 from jaxkv.spec import (
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
     MambaSpec,
+    MLAAttentionSpec,
     SlidingWindowSpec,
     dtype_bits,
     page_size_bytes,
@@ -32,6 +34,7 @@ FULL = FullAttentionSpec(16, 4, 64, jnp.bfloat16)
         (jnp.uint4, 4),
         (jnp.float4_e2m1fn, 4),
         (jnp.int2, 2),
+        (jnp.float6_e2m3fn, 8),
     ],
     ids=lambda value: str(value) if isinstance(value, int) else jnp.dtype(value).name,
 )
@@ -42,6 +45,18 @@ def test_dtype_bits_are_those_of_the_stored_element(dtype, bits):
 def test_page_of_attention_is_k_and_v_of_every_token():
     assert page_size_bytes(FULL) == 2 * 16 * 4 * 64 * 2
     assert page_size_bytes(SlidingWindowSpec(16, 4, 64, jnp.int4, sliding_window=9)) == 16 * 4 * 64
+    local = ChunkedLocalAttentionSpec(16, 4, 64, jnp.bfloat16, attention_chunk_size=8192)
+    assert page_size_bytes(local) == page_size_bytes(FULL)
+
+
+def test_page_counts_a_v_head_of_its_own_size():
+    spec = FullAttentionSpec(16, 4, 192, jnp.bfloat16, head_size_v=128)
+    assert page_size_bytes(spec) == 16 * 4 * (192 + 128) * 2
+
+
+def test_page_of_mla_is_one_latent_row_of_every_token():
+    assert page_size_bytes(MLAAttentionSpec(64, 576, jnp.bfloat16)) == 64 * 576 * 2
+    assert page_size_bytes(MLAAttentionSpec(64, 576, jnp.uint8, page_size_bytes=64 * 656)) == 64 * 656
 
 
 def test_stored_page_size_replaces_the_implied_one():
@@ -65,6 +80,19 @@ def test_page_of_a_state_leaves_out_the_padding_of_its_row():
         (lambda: FullAttentionSpec(16, 4, 64, "bfloat17", page_size_bytes=64), "'bfloat17' is not a dtype"),
         (lambda: FullAttentionSpec(16, 4, 64, jnp.bfloat16, page_size_bytes=0), "page_size_bytes"),
         (lambda: SlidingWindowSpec(16, 4, 64, jnp.bfloat16, sliding_window=0), "sliding_window"),
+        (
+            lambda: SlidingWindowSpec(16, 4, 64, jnp.bfloat16, sliding_window=9, sink_len=-1),
+            "SlidingWindowSpec.sink_len must be an integer of at least 0, got -1",
+        ),
+        (
+            lambda: ChunkedLocalAttentionSpec(16, 4, 64, jnp.bfloat16, attention_chunk_size=0),
+            "ChunkedLocalAttentionSpec.attention_chunk_size must be .* got 0",
+        ),
+        (lambda: FullAttentionSpec(16, 4, 64, jnp.bfloat16, head_size_v=0), "head_size_v .* got 0"),
+        (lambda: MLAAttentionSpec(16, 0, jnp.bfloat16), "MLAAttentionSpec.head_size .* got 0"),
+        (lambda: MLAAttentionSpec(16, 8, jnp.uint1), "no program on uint1; .* bool or uint8"),
+        (lambda: MLAAttentionSpec(1, 3, jnp.int4), "12 bits, not whole bytes"),
+        (lambda: MambaSpec(16, ((2,),), (jnp.float32,), num_speculative_blocks=-1), "at least 0, got -1"),
         (lambda: MambaSpec(16, (), ()), "0 shapes"),
         (lambda: MambaSpec(16, ((2,),), (jnp.float32, jnp.float32)), "1 shapes and 2 dtypes"),
         (lambda: MambaSpec(16, ((2, 0),), (jnp.float32,)), "every axis"),

@@ -13,21 +13,28 @@ import numpy as np
 
 from jaxkv.serving import StepBatch
 from jaxkv.spec import (
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
     LayerSpec,
     MambaSpec,
+    MLAAttentionSpec,
     SlidingWindowSpec,
 )
 
 VOCAB = 97
 POISON = 0xDEADBEEF
+SINK_WINDOW, SINKS = 11, 6
+LOCAL = 24
 
 
 @dataclass(frozen=True)
 class ToyModel:
-    """Layers: recurrent, sliding window, full attention; any subset of the groups may be left out."""
+    """Layers in the order of ``step``; any subset of the groups may be left out.
+
+    ``sink`` is a sliding window with attention sinks, ``local`` chunked local attention, ``latent`` MLA.
+    """
 
     window: int = 20
     max_model_len: int = 256
@@ -41,26 +48,35 @@ class ToyModel:
         return {"embed": jnp.asarray(embedding())}
 
     def cache_groups(self, block_size, dtype=jnp.uint32):
-        size = {kind: block_size * dict(self.size_factors).get(kind, 1) for kind in self.kinds}
-        specs = {}
-        if "full" in size:
-            specs["full"] = FullAttentionSpec(size["full"], 1, 1, dtype)
-        if "window" in size:
-            specs["window"] = SlidingWindowSpec(size["window"], 1, 1, dtype, self.window)
-        if "state" in size:
-            specs["state"] = MambaSpec(size["state"], ((2,),), (dtype,))
-        return [((f"{kind}.0",), specs[kind]) for kind in self.kinds]
+        factors = dict(self.size_factors)
+        return [
+            ((f"{kind}.0",), self._spec(kind, block_size * factors.get(kind, 1), dtype))
+            for kind in self.kinds
+        ]
+
+    def _spec(self, kind, size, dtype):
+        if kind == "full":
+            return FullAttentionSpec(size, 1, 1, dtype)
+        if kind == "window":
+            return SlidingWindowSpec(size, 1, 1, dtype, self.window)
+        if kind == "sink":
+            return SlidingWindowSpec(size, 1, 1, dtype, SINK_WINDOW, sink_len=SINKS)
+        if kind == "local":
+            return ChunkedLocalAttentionSpec(size, 1, 1, dtype, LOCAL)
+        if kind == "latent":
+            return MLAAttentionSpec(size, 1, dtype)
+        return MambaSpec(size, ((2,),), (dtype,))
 
     def init_caches(self, config):
         caches = {}
-        for group in config.groups:
+        for kind, group in zip(self.kinds, config.groups, strict=True):
             blocks, size = group.num_blocks, group.block_size
-            if isinstance(group.spec, MambaSpec):
-                leaf = jnp.zeros((blocks, 2), jnp.uint32)
-            elif isinstance(group.spec, SlidingWindowSpec):
-                leaf = (jnp.zeros((blocks, size), jnp.uint32), jnp.zeros((blocks, size), jnp.uint32))
-            else:
+            if kind == "full":
                 leaf = jnp.zeros((2, blocks, size), jnp.uint32)
+            elif kind == "state":
+                leaf = jnp.zeros((blocks, 2), jnp.uint32)
+            else:
+                leaf = tuple(jnp.zeros((blocks, size), jnp.uint32) for _ in range(1 + (kind != "latent")))
             caches[group.layer_names[0]] = leaf
         return caches
 
@@ -73,20 +89,33 @@ class ToyModel:
         hidden = params["embed"][batch.token_ids]
         if "state" in tables:
             hidden, caches["state.0"] = _recur(caches["state.0"], tables["state"], hidden, real)
-        if "window" in tables:
-            keys, values, caches["window.0"] = _write_pair(
-                caches["window.0"], tables["window"], hidden, positions, real
-            )
-            hidden = hidden * 3 + _attend(keys, values, positions, self.window)
+        for kind in ("window", "sink", "local", "latent"):
+            if kind in tables:
+                leaves = caches[f"{kind}.0"]
+                seen, caches[f"{kind}.0"] = _write(leaves, tables[kind], hidden, positions, real)
+                hidden = hidden * 3 + self._attend(kind, seen, positions)
         if "full" in tables:
-            stacked = caches["full.0"]
-            keys, values, pair = _write_pair(
-                (stacked[0], stacked[1]), tables["full"], hidden * 5 + 1, positions, real
-            )
-            caches["full.0"] = jnp.stack(pair)
-            hidden = hidden ^ _attend(keys, values, positions, None)
+            leaves = (caches["full.0"][0], caches["full.0"][1])
+            seen, written = _write(leaves, tables["full"], hidden * 5 + 1, positions, real)
+            caches["full.0"] = jnp.stack(written)
+            hidden = hidden ^ self._attend("full", seen, positions)
         last = jnp.take_along_axis(hidden, jnp.maximum(batch.num_new - 1, 0)[:, None], axis=1)[:, 0]
         return toy_logits(last, jnp), caches
+
+    def _attend(self, kind, seen, positions):
+        keys, values = seen[0], seen[-1]
+        place = jnp.arange(keys.shape[1])
+        distance = positions[:, :, None] - place
+        visible = distance >= 0
+        if kind == "window":
+            visible &= distance < self.window
+        elif kind == "sink":
+            visible &= (distance < SINK_WINDOW) | (place < SINKS)
+        elif kind == "local":
+            visible &= place >= positions[:, :, None] // LOCAL * LOCAL
+        weight = distance.astype(jnp.uint32) * 2 + 1
+        terms = keys[:, None] * weight + values[:, None]
+        return jnp.sum(jnp.where(visible, terms, 0), axis=2, dtype=jnp.uint32)
 
 
 def embedding():
@@ -115,26 +144,19 @@ def _recur(leaf, table, hidden, real):
     return out.T, leaf.at[written].set(end, mode="drop")
 
 
-def _write_pair(pair, table, hidden, positions, real):
-    num_blocks, size = pair[0].shape
+def _write(leaves, table, hidden, positions, real):
+    """What each row sees in its blocks, per leaf, and the leaves with the new tokens: keys, then values."""
+    num_blocks, size = leaves[0].shape
     block = jnp.take_along_axis(table, jnp.minimum(positions // size, table.shape[1] - 1), axis=1)
     block = jnp.where(real & (block >= 0), block, num_blocks)
     place = positions.astype(jnp.uint32)
-    written = [
+    written = tuple(
         leaf.at[block, positions % size].set(value, mode="drop")
-        for leaf, value in zip(pair, (hidden * 7 + place, hidden ^ (place * 11)), strict=True)
-    ]
+        for leaf, value in zip(leaves, (hidden * 7 + place, hidden ^ (place * 11)), strict=False)
+    )
     held = jnp.repeat(table >= 0, size, axis=1)
     seen = [jnp.where(held, leaf[table].reshape(table.shape[0], -1), jnp.uint32(POISON)) for leaf in written]
-    return seen[0], seen[1], tuple(written)
-
-
-def _attend(keys, values, positions, window):
-    place = jnp.arange(keys.shape[1])
-    distance = positions[:, :, None] - place
-    visible = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-    weight = distance.astype(jnp.uint32) * 2 + 1
-    return jnp.sum(jnp.where(visible, keys[:, None] * weight + values[:, None], 0), axis=2, dtype=jnp.uint32)
+    return seen, written
 
 
 def oracle_last(tokens, kinds=("full", "window", "state"), window=20):
@@ -147,22 +169,26 @@ def oracle_last(tokens, kinds=("full", "window", "state"), window=20):
         for index, value in enumerate(hidden):
             first, second = (first * 31 + value) & mask, second ^ ((value + first) & mask)
             hidden[index] = value ^ first ^ second
-    if "window" in kinds:
-        hidden = [
-            (value * 3 + _oracle_sum(hidden, index, max(0, index - window + 1))) & mask
-            for index, value in enumerate(hidden)
-        ]
+    for kind in ("window", "sink", "local", "latent"):
+        if kind in kinds:
+            hidden = [
+                (value * 3 + _oracle_sum(kind, hidden, index, window)) & mask
+                for index, value in enumerate(hidden)
+            ]
     if "full" in kinds:
         scaled = [(value * 5 + 1) & mask for value in hidden]
-        return hidden[-1] ^ _oracle_sum(scaled, len(hidden) - 1, 0)
+        return hidden[-1] ^ _oracle_sum("full", scaled, len(hidden) - 1, window)
     return hidden[-1]
 
 
-def _oracle_sum(hidden, index, first):
+def _oracle_sum(kind, hidden, index, window):
+    firsts = {"window": index - window + 1, "sink": index - SINK_WINDOW + 1, "local": index - index % LOCAL}
+    first = max(0, firsts.get(kind, 0))
+    sinks = range(min(SINKS, first)) if kind == "sink" else ()
     total = 0
-    for place in range(first, index + 1):
-        weight = (index - place) * 2 + 1
-        total += (hidden[place] * 7 + place) * weight + (hidden[place] ^ ((place * 11) & 0xFFFFFFFF))
+    for place in (*sinks, *range(first, index + 1)):
+        key, value = hidden[place] * 7 + place, hidden[place] ^ ((place * 11) & 0xFFFFFFFF)
+        total += key * ((index - place) * 2 + 1) + (key if kind == "latent" else value)
     return total & 0xFFFFFFFF
 
 

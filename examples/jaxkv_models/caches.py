@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.serving.model import KVCaches
-from jaxkv.spec import FullAttentionSpec, KVCacheConfig, LayerSpec, MambaSpec, SlidingWindowSpec
+from jaxkv.spec import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    LayerSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
 StateCache = tuple[jax.Array, jax.Array]
 """Convolution inputs (N, K - 1, width) and recurrent states (N, ...) of one layer."""
@@ -28,9 +36,12 @@ def init_caches(config: KVCacheConfig) -> KVCaches:
 
 def _zero_leaves(spec: LayerSpec, num_blocks: int) -> tuple[jax.Array, ...]:
     match spec:
-        case FullAttentionSpec() | SlidingWindowSpec():
-            shape = (num_blocks, spec.block_size, spec.num_kv_heads, spec.head_size)
-            return jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype)
+        case FullAttentionSpec() | SlidingWindowSpec() | ChunkedLocalAttentionSpec():
+            rows = (num_blocks, spec.block_size, spec.num_kv_heads)
+            value_size = spec.head_size if spec.head_size_v is None else spec.head_size_v
+            return jnp.zeros((*rows, spec.head_size), spec.dtype), jnp.zeros((*rows, value_size), spec.dtype)
+        case MLAAttentionSpec():
+            return (jnp.zeros((num_blocks, spec.block_size, spec.head_size), spec.dtype),)
         case MambaSpec():
             return tuple(
                 jnp.zeros((num_blocks, *shape), dtype)

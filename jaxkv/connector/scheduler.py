@@ -23,7 +23,7 @@ from jaxkv.connector.protocols import BlockTables, Request, SchedulerOutput
 from jaxkv.connector.request_state import Promise, RequestState, Tenure
 from jaxkv.connector.stores import StorePlanner
 from jaxkv.errors import RequestError
-from jaxkv.hits import first_needed_block
+from jaxkv.hits import unread_blocks
 from jaxkv.keys import GroupId, JobId, OffloadKey
 from jaxkv.offload.base import JobResult, LookupResult, OffloadingManager, ReqContext, TransferJob
 
@@ -127,14 +127,14 @@ class OffloadingScheduler:
     def _load_targets(self, hit: Hit, chunk: ChunkId, blocks: BlockTables) -> tuple[int, ...]:
         """Where a chunk goes: the request's blocks behind the device hit, -1 where no later token looks."""
         group = self._caches.config.groups[chunk.group]
-        first_needed = first_needed_block(group.spec, hit.boundary_tokens)
+        unread = unread_blocks(group.spec, hit.boundary_tokens)
         table = blocks[chunk.group]
         payload = self._caches.payload_blocks(chunk)
         targets: list[int] = []
         for position in self._caches.blocks(chunk):
             block = table[position] if position < len(table) else None
             on_device = (position + 1) * group.block_size <= hit.known_tokens
-            if on_device or position not in payload or position < first_needed:
+            if on_device or position not in payload or position in unread:
                 targets.append(-1)
             elif block is None:
                 raise RequestError(

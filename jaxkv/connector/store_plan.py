@@ -14,7 +14,7 @@ from enum import Enum
 from typing import final
 
 from jaxkv.connector.chunks import ChunkedCaches, ChunkId
-from jaxkv.hits import first_needed_block
+from jaxkv.hits import unread_blocks
 from jaxkv.keys import BlockHash, BlockId, GroupId, OffloadKey
 from jaxkv.spec import MambaSpec
 
@@ -25,6 +25,7 @@ class SkipReason(Enum):
     HELD = "held"
     RELEASED = "released"
     NO_STATE = "no_state"
+    UNREAD = "unread"
     REFUSED = "refused"
 
 
@@ -102,17 +103,19 @@ def _readable_blocks(caches: ChunkedCaches, view: StoreView, chunk: ChunkId) -> 
     spec = caches.config.groups[chunk.group].spec
     if isinstance(spec, MambaSpec) and not _state_stands_at(view, caches.end_tokens(chunk)):
         return SkipReason.NO_STATE
+    # The first boundary that reads the chunk is its own end; what is unread there, no boundary reads.
+    never_read = unread_blocks(spec, caches.end_tokens(chunk))
+    wanted = [position for position in caches.payload_blocks(chunk) if position not in never_read]
+    if not wanted:
+        return SkipReason.UNREAD
     table = view.tables[chunk.group]
-    payload = caches.payload_blocks(chunk)
-    first_held = first_needed_block(spec, view.previous_tokens)
-    # The first boundary that reads the chunk is its own end; what lies behind the window there, none reads.
-    first_wanted = first_needed_block(spec, caches.end_tokens(chunk))
+    given_back = unread_blocks(spec, view.previous_tokens)
     block_ids: list[int] = []
     for position in caches.blocks(chunk):
         block = table[position] if position < len(table) else None
-        if position not in payload or position < first_wanted:
+        if position not in wanted:
             block_ids.append(-1)
-        elif block is None or position < first_held:
+        elif block is None or position in given_back:
             return SkipReason.RELEASED
         else:
             block_ids.append(block)

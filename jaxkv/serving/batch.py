@@ -14,7 +14,13 @@ from jaxkv.serving.model import StepBatch
 from jaxkv.serving.programs import StepShape
 from jaxkv.serving.sampling import SamplingBatch
 from jaxkv.serving.scheduler import ScheduledChunk
-from jaxkv.spec import FullAttentionSpec, MambaSpec, SlidingWindowSpec
+from jaxkv.spec import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
 
 def make_step_batch(cache: CacheManager, parts: Sequence[ScheduledChunk], shape: StepShape) -> StepBatch:
@@ -50,7 +56,7 @@ def _group_table(
 ) -> npt.NDArray[np.int32]:
     spec = cache.specs[group]
     match spec:
-        case FullAttentionSpec() | SlidingWindowSpec():
+        case FullAttentionSpec() | SlidingWindowSpec() | ChunkedLocalAttentionSpec() | MLAAttentionSpec():
             table = np.full((rows, cache.max_blocks[group]), -1, np.int32)
             for row, part in enumerate(parts):
                 table[row] = cache.row(part.request, group)

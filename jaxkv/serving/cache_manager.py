@@ -13,27 +13,35 @@ from typing import assert_never, final
 import numpy as np
 import numpy.typing as npt
 
-from jaxkv.hits import HitGroup, first_needed_block, longest_hit, required_chunks
+from jaxkv.hits import HitGroup, longest_hit, required_chunks, unread_blocks
 from jaxkv.keys import BlockHash, BlockId, GroupId
 from jaxkv.serving.block_pool import BlockPool
 from jaxkv.serving.chunking import Chunk
 from jaxkv.serving.request import Request
 from jaxkv.serving.sizing import ceil_div
-from jaxkv.spec import FullAttentionSpec, KVCacheConfig, LayerSpec, MambaSpec, SlidingWindowSpec
+from jaxkv.spec import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    LayerSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
 
 @final
 class BlockTable:
     """The blocks of one request in one group: ``row`` (max_blocks,) int32, -1 where it holds none.
 
-    Entries below ``first_held`` were given back; those from ``length`` on were never taken.
+    Entries from ``length`` on were never taken; those that were given back lie below ``given_back_end``.
     """
 
-    __slots__ = ("first_held", "length", "row")
+    __slots__ = ("given_back_end", "length", "row")
 
     def __init__(self, max_blocks: int) -> None:
         self.row = np.full(max_blocks, -1, np.int32)
-        self.first_held = 0
+        self.given_back_end = 0
         self.length = 0
 
     def put(self, index: int, block: BlockId) -> None:
@@ -59,14 +67,15 @@ class BlockTable:
 def blocks_of_step(spec: LayerSpec, chunk: Chunk, num_tokens: int) -> Sequence[int]:
     """Table entries that must hold blocks while ``chunk`` is computed.
 
-    Full attention takes the blocks of all known tokens at once, so that an admitted prompt never waits for
-    more of them.
+    Full attention and MLA take the blocks of all known tokens at once, so that an admitted prompt never waits
+    for more of them.
     """
     match spec:
-        case FullAttentionSpec():
+        case FullAttentionSpec() | MLAAttentionSpec():
             return range(ceil_div(num_tokens, spec.block_size))
-        case SlidingWindowSpec():
-            return range(first_needed_block(spec, chunk.start), ceil_div(chunk.end, spec.block_size))
+        case SlidingWindowSpec() | ChunkedLocalAttentionSpec():
+            unread = unread_blocks(spec, chunk.start)
+            return (*range(unread.start), *range(unread.stop, ceil_div(chunk.end, spec.block_size)))
         case MambaSpec():
             written = (chunk.end - 1) // spec.block_size
             read = (chunk.start - 1) // spec.block_size if chunk.start else written
@@ -167,8 +176,10 @@ class CacheManager:
                 first = done - 1 if num_tokens % spec.block_size == 0 else done
             else:
                 first = held.registered_tokens // spec.block_size
-            for index in range(max(first, table.first_held, 0), done):
-                if table.row[index] >= 0:
+            for index in range(max(first, 0), done):
+                # What even a hit that ends with the block does not read would only push out other prefixes.
+                is_read = index not in unread_blocks(spec, (index + 1) * spec.block_size)
+                if is_read and table.row[index] >= 0:
                     block = BlockId(int(table.row[index]))
                     self.pools[group].register(block, self._hash(request, GroupId(group), index))
         held.registered_tokens = max(held.registered_tokens, num_tokens)
@@ -179,7 +190,7 @@ class CacheManager:
         if held is None:
             return
         for pool, table in zip(self.pools, held.tables, strict=True):
-            for index in reversed(range(table.first_held, table.length)):
+            for index in reversed(range(table.length)):
                 if table.row[index] >= 0:
                     pool.release(BlockId(int(table.row[index])))
 
@@ -240,12 +251,13 @@ class CacheManager:
 
     def _release_unread(self, tables: tuple[BlockTable, ...], num_computed: int) -> None:
         for spec, pool, table in zip(self.specs, self.pools, tables, strict=True):
-            first = min(first_needed_block(spec, num_computed), table.length)
-            for index in range(table.first_held, first):
+            unread = unread_blocks(spec, num_computed)
+            end = min(unread.stop, table.length)
+            for index in range(max(unread.start, table.given_back_end), end):
                 if table.row[index] >= 0:
                     pool.release(BlockId(int(table.row[index])))
                     table.row[index] = -1
-            table.first_held = max(table.first_held, first)
+            table.given_back_end = max(table.given_back_end, end)
 
     def _place_reserved_states(self, tables: tuple[BlockTable, ...], chunk: Chunk) -> None:
         """Put a state block taken for a chunk of another length, before a load, where ``chunk`` ends."""

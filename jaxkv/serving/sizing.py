@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import assert_never, final
 
 from jaxkv.errors import ConfigError
 from jaxkv.spec import (
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
     LayerSpec,
     MambaSpec,
+    MLAAttentionSpec,
     SlidingWindowSpec,
     page_size_bytes,
 )
@@ -31,17 +34,24 @@ def ceil_div(tokens: int, block_size: int) -> int:
 def blocks_to_serve(spec: LayerSpec, num_tokens: int, chunk_tokens: int) -> int:
     """Blocks of one group with which a request of ``num_tokens`` runs, ``chunk_tokens`` of prefill a step.
 
-    Full attention holds every token, a sliding window the tokens before a step and those of it, a recurrent
-    layer the state that is read and the one that is written.
+    Full attention and MLA hold every token; a sliding window its sinks, the tokens before a step and those
+    of it; chunked local attention an attention chunk and a step that begins with its last token; a
+    recurrent layer the state that is read, the one that is written and those of drafted tokens.
     """
-    whole = ceil_div(num_tokens, spec.block_size)
+    block_size = spec.block_size
+    whole = ceil_div(num_tokens, block_size)
     match spec:
-        case FullAttentionSpec():
+        case FullAttentionSpec() | MLAAttentionSpec():
             return whole
-        case SlidingWindowSpec(sliding_window=window, block_size=block_size):
-            return min(whole, ceil_div(window - 1, block_size) + ceil_div(chunk_tokens, block_size))
-        case MambaSpec():
-            return min(whole, 2)
+        case SlidingWindowSpec(sliding_window=window, sink_len=sinks):
+            parts = (sinks, window - 1, chunk_tokens)
+            return min(whole, sum(ceil_div(tokens, block_size) for tokens in parts))
+        case ChunkedLocalAttentionSpec(attention_chunk_size=size):
+            # An attention chunk may begin within a block, this many tokens behind its start at most.
+            offset = block_size - math.gcd(size, block_size)
+            return min(whole, ceil_div(offset + size - 1 + chunk_tokens, block_size))
+        case MambaSpec(num_speculative_blocks=num_speculative):
+            return min(whole, 2) + num_speculative
         case _:
             assert_never(spec)
 
