@@ -1,7 +1,11 @@
 """Settings every test shares."""
 
+import jax
 from hypothesis import settings
 
 # Property tests run beside builds on small machines, where a deadline only measures the neighbours.
 settings.register_profile("jaxkv", deadline=None, database=None)
 settings.load_profile("jaxkv")
+
+# Meshes for tests that want one. The others run on the first device, and processes of their own have one.
+jax.config.update("jax_num_cpu_devices", 8)

@@ -38,7 +38,7 @@ PAGES = GroupPages(
         ),
     ),
     leaves=(0, 1),
-    leaf_shapes=((NUM_BLOCKS, 10), (3, NUM_BLOCKS, 2)),
+    leaf_shapes=((NUM_BLOCKS, 10), (3, NUM_BLOCKS, 4)),
     block_axes=((0,), (1,)),
     block_bytes=64,
     record_bytes=512,

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import final
 
 import jax
 import numpy as np
 
+from jaxkv.errors import ConfigError
 from jaxkv.records import GroupPages, GroupRecord
 from jaxkv.transfer.backends import PageMover, TransferBackend
 from jaxkv.transfer.checks import Entries, only_device
+from jaxkv.transfer.status import make_status
 from jaxkv.transfer.ticket import Move, Status
+
+_log = logging.getLogger(__name__)
 
 
 class GroupMover(ABC):
@@ -61,7 +67,7 @@ class OneDeviceMover(GroupMover):
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Station:
+class Station:
     """A part of a record on one device, the ``turn``-th of ``num_turns`` that copy it out by turns."""
 
     device_id: int
@@ -83,6 +89,7 @@ class _Station:
         return [parts[index][self.device_id] for index in self.pages.leaves]
 
     def move(self, status: Status, entries: Entries, num_copied_leaves: int = 0) -> Move:
+        """What its program did, told with the device's number."""
         where = f"device {self.device_id}"
         return Move(status, entries.block_ids, self.pages.block_bytes, num_copied_leaves, where)
 
@@ -93,6 +100,8 @@ class MeshMover(GroupMover):
 
     Every program sees one device only, so nothing orders them among each other and no process waits for
     another. Holders of the same bytes copy them out by turns and all copy them in.
+
+    Raises ``ConfigError`` where no device of this process holds a part of the data shard.
     """
 
     def __init__(
@@ -101,39 +110,68 @@ class MeshMover(GroupMover):
         for device in devices:
             backend.require_reachable(device)
         local = {device.id for device in devices}
-        self._stations = [
-            _Station(device_id, pages, mover, turn, len(holders))
+        self.stations = [
+            Station(device_id, pages, mover, turn, len(holders))
             for part in record.parts
             for pages, holders in zip(part.shards, part.holders[data_shard], strict=True)
             for mover in [backend.mover(pages)]
             for turn, device_id in enumerate(holders)
             if device_id in local
         ]
+        if not self.stations:
+            raise ConfigError(
+                f"data shard {data_shard} of the caches lies on no device of process {jax.process_index()}; "
+                "move it in the processes that hold it"
+            )
 
     def offload(self, leaves: Mapping[int, jax.Array], entries: Entries) -> list[Move]:
         """See ``GroupMover``."""
         parts = {index: _take_apart(leaf) for index, leaf in leaves.items()}
-        moves = []
-        for station in self._stations:
-            mine = station.take_turn(entries)
-            # No entry at all is how programs are warmed up; then every one of them runs.
-            if mine.num_blocks or not entries.num_blocks:
-                moves.append(station.move(station.mover.offload(station.leaves(parts), mine), mine))
+        moves: list[Move] = []
+        with _waits_if_broken_off(moves):
+            for station in self.stations:
+                mine = station.take_turn(entries)
+                # No entry at all is how programs are warmed up; then every one of them runs.
+                if mine.num_blocks or not entries.num_blocks:
+                    moves.append(station.move(station.mover.offload(station.leaves(parts), mine), mine))
         return moves
 
     def restore(
         self, leaves: Mapping[int, jax.Array], entries: Entries
     ) -> tuple[dict[int, jax.Array], list[Move]]:
-        """See ``GroupMover``."""
+        """See ``GroupMover``.
+
+        Once a device has given up its leaves, an error of another is a failed move and not raised: what can
+        still be put together would be lost with it.
+        """
         parts = {index: _take_apart(leaf) for index, leaf in leaves.items()}
-        moves = []
-        for station in self._stations:
-            given = station.leaves(parts)
-            written, status = station.mover.restore(given, entries)
-            moves.append(station.move(status, entries, _count_alive(given)))
-            for index, leaf in zip(station.pages.leaves, written, strict=True):
-                parts[index][station.device_id] = leaf
-        return {index: _put_together(leaf, parts[index]) for index, leaf in leaves.items()}, moves
+        moves: list[Move] = []
+        with _waits_if_broken_off(moves):
+            for station in self.stations:
+                given = station.leaves(parts)
+                try:
+                    written, status = station.mover.restore(given, entries)
+                except Exception:
+                    if not moves or _count_alive(given) < len(given):
+                        raise
+                    _log.exception("device %d could not restore its part of a block", station.device_id)
+                    moves.append(station.move(make_status(), entries))
+                    continue
+                moves.append(station.move(status, entries, _count_alive(given)))
+                for index, leaf in zip(station.pages.leaves, written, strict=True):
+                    parts[index][station.device_id] = leaf
+        return _put_together(leaves, parts), moves
+
+
+@contextmanager
+def _waits_if_broken_off(moves: Sequence[Move]) -> Iterator[None]:
+    """An error leaves no program behind that still uses slots which the caller is about to unpin."""
+    try:
+        yield
+    except BaseException:
+        for move in moves:
+            move.read()
+        raise
 
 
 def make_group_mover(
@@ -155,5 +193,38 @@ def _take_apart(leaf: jax.Array) -> dict[int, jax.Array]:
     return {shard.device.id: shard.data for shard in leaf.addressable_shards}
 
 
-def _put_together(leaf: jax.Array, parts: Mapping[int, jax.Array]) -> jax.Array:
-    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, list(parts.values()))
+def _put_together(
+    leaves: Mapping[int, jax.Array], parts: Mapping[int, dict[int, jax.Array]]
+) -> dict[int, jax.Array]:
+    """``leaves``, by index, over the new ``parts``, by index and device."""
+    _retire(leaves, parts)
+    return {
+        index: jax.make_array_from_single_device_arrays(
+            leaf.shape, leaf.sharding, list(parts[index].values())
+        )
+        for index, leaf in leaves.items()
+    }
+
+
+def _retire(leaves: Mapping[int, jax.Array], parts: Mapping[int, dict[int, jax.Array]]) -> None:
+    """Leave ``leaves`` deleted for JAX, although parts of other data shards go on as they are.
+
+    JAX takes an array for deleted once its first part is. One that has lost later parts only passes its
+    checks, and a program given it may end the process or never end. So the first part always changes hands.
+    """
+    kept: dict[int, list[int]] = {}
+    for index, leaf in leaves.items():
+        if not leaf.is_deleted():
+            kept.setdefault(leaf.addressable_shards[0].device.id, []).append(index)
+    for device, indices in kept.items():
+        old = [leaves[index].addressable_shards[0].data for index in indices]
+        untouched = [place for place, index in enumerate(indices) if parts[index][device] is old[place]]
+        handed_over = _hand_over([old[place] for place in untouched])
+        for place, part in zip(untouched, handed_over, strict=True):
+            parts[indices[place]][device] = part
+        for part in old:
+            part.delete()  # What XLA copied, because a view of it lives on, and then only the name of it.
+
+
+_hand_over = jax.jit(lambda parts: parts, donate_argnums=0)
+"""The same buffers as new arrays: an aliased program that does nothing costs no copy."""

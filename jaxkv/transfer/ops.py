@@ -12,7 +12,7 @@ status. They move bytes, so ``grad`` and ``vmap`` do not apply to them: JAX refu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -24,6 +24,8 @@ from jax.typing import ArrayLike
 from jaxkv.errors import BlockIdError, CacheMismatchError
 from jaxkv.records import GroupPages
 from jaxkv.shared_pool import AnyPool
+from jaxkv.transfer.partitioned_ops import run_on_shards
+from jaxkv.transfer.shard_grid import OpCuts, ShardGrid, find_grid
 from jaxkv.transfer.status import STATUS_SIZE
 from jaxkv.transfer.targets import GATHER_PAGES, OFFLOAD, RESTORE, SCATTER_PAGES, register_targets
 
@@ -36,12 +38,14 @@ def gather_pages(leaves: Sequence[jax.Array], block_ids: ArrayLike, pages: Group
 
     ``leaves`` are those of the group, in the order of ``pages.leaves``. Records of ids that are -1 or outside
     the group are zero, and so are the bytes between ``pages.block_bytes`` and ``pages.record_bytes``.
+
+    Leaves sharded over a mesh, in D data shards along blocks and T tensor shards through them, take ids
+    ``(D * n,)``, those of one data shard after those of another, and give records
+    ``(D * n, T * pages.record_bytes)``, those of one tensor shard beside those of another. The records stay
+    where the blocks are, and no leaf is copied.
     """
     _require_leaves(leaves, pages)
-    register_targets()
-    ids = _as_ids(block_ids, "block_ids")
-    records = _struct((ids.shape[0], pages.record_bytes), jnp.uint8)
-    staging, _ = jax.ffi.ffi_call(GATHER_PAGES, (records, _STATUS))(ids, *leaves, **_geometry(pages))
+    staging: jax.Array = _gather(_as_ids(block_ids, "block_ids"), *leaves, pages=pages)
     return staging
 
 
@@ -52,15 +56,13 @@ def scatter_pages(
 
     Donate the leaves to have them written in place. Ids that are -1 are skipped; of a repeated id the first
     counts.
+
+    Leaves sharded over a mesh take ids and records as ``gather_pages`` does, best where that left them. Every
+    copy of a replicated leaf is written, each from the records on its own device. The status is
+    ``(D * STATUS_SIZE,)``, that of one data shard after that of another; its times are those of one device.
     """
     _require_leaves(leaves, pages)
-    register_targets()
-    call = jax.ffi.ffi_call(
-        SCATTER_PAGES,
-        (_STATUS, *_shapes(leaves)),
-        input_output_aliases={2 + i: 1 + i for i in range(len(leaves))},
-    )
-    status, *written = call(staging, _as_ids(block_ids, "block_ids"), *leaves, **_geometry(pages))
+    status, *written = _scatter(staging, _as_ids(block_ids, "block_ids"), *leaves, pages=pages)
     return written, status
 
 
@@ -121,22 +123,78 @@ def read_blocks(
     return status
 
 
+@partial(jax.jit, static_argnames="pages", inline=True)
+def _gather(ids: jax.Array, *leaves: jax.Array, pages: GroupPages) -> jax.Array:
+    def gather(*operands: jax.Array) -> tuple[jax.Array, ...]:
+        records = _struct((len(operands[0]), pages.record_bytes), jnp.uint8)
+        return _call(GATHER_PAGES, (records, _STATUS), operands, pages)[:1]
+
+    grid = find_grid(leaves, pages)
+    _require_ids_for_each_shard(ids, grid)
+    records = (len(ids), grid.num_tensor_shards * pages.record_bytes)
+    cuts = OpCuts(
+        grid,
+        operands=(grid.by_data("ids", ids.shape, ids.dtype), *grid.leaves),
+        results=(grid.by_shard("records", records, jnp.uint8),),
+    )
+    (staging,) = run_on_shards(gather, cuts, (ids, *leaves))
+    return staging
+
+
+@partial(jax.jit, static_argnames="pages", inline=True)
+def _scatter(
+    staging: jax.Array, ids: jax.Array, *leaves: jax.Array, pages: GroupPages
+) -> tuple[jax.Array, ...]:
+    def scatter(*operands: jax.Array) -> tuple[jax.Array, ...]:
+        aliases = {i: i - 1 for i in range(2, len(operands))}
+        return _call(SCATTER_PAGES, (_STATUS, *_shapes(operands[2:])), operands, pages, aliases)
+
+    grid = find_grid(leaves, pages)
+    _require_ids_for_each_shard(ids, grid)
+    _require_records_for_each_shard(staging, ids, grid, pages)
+    cuts = OpCuts(
+        grid,
+        operands=(
+            grid.by_shard("records", staging.shape, staging.dtype),
+            grid.by_data("ids", ids.shape, ids.dtype),
+            *grid.leaves,
+        ),
+        results=(grid.by_data("status", (grid.num_data_shards * STATUS_SIZE,), jnp.int32), *grid.leaves),
+    )
+    return run_on_shards(scatter, cuts, (staging, ids, *leaves))
+
+
 def _pool_call(
     target: str, pool: AnyPool, leaves: Sequence[jax.Array], pages: GroupPages, *, hands_on: bool
 ) -> Any:
     _require_leaves(leaves, pages)
-    register_targets()
+    if find_grid(leaves, pages).parts:
+        raise CacheMismatchError(
+            f"leaves of shapes {[leaf.shape for leaf in leaves]} are more than one device holds; use "
+            "BlockTransfer, or call the op under shard_map"
+        )
     returned = _shapes(leaves) if hands_on else ()
     aliases = {2: 0} | {3 + i: 2 + i for i in range(len(returned))}
-    call = jax.ffi.ffi_call(
-        target,
-        (_struct((1,), jnp.int32), _STATUS, *returned),
-        input_output_aliases=aliases,
-    )
+    results = (_struct((1,), jnp.int32), _STATUS, *returned)
     pool_id = np.int64(pool.pool_id)
-    return lambda ids, addresses, token: call(
-        ids, addresses, token, *leaves, pool_id=pool_id, **_geometry(pages)
-    )
+    return lambda *operands: _call(target, results, (*operands, *leaves), pages, aliases, pool_id=pool_id)
+
+
+def _call(
+    target: str,
+    results: Sequence[Any],
+    operands: Sequence[jax.Array],
+    pages: GroupPages,
+    aliases: dict[int, int] | None = None,
+    **attributes: np.int64,
+) -> tuple[jax.Array, ...]:
+    register_targets()
+    call: Any = jax.ffi.ffi_call(target, tuple(results), input_output_aliases=aliases)
+    outputs = call(*operands, **attributes, **_geometry(pages))
+    # Under shard_map JAX takes what a custom call returns for the same on every device, unless told.
+    types: list[Any] = [jax.typeof(operand) for operand in operands]
+    varying = sorted(set().union(*(type_.manual_axis_type.varying for type_ in types)))
+    return tuple(jax.lax.pcast(output, tuple(varying), to="varying") for output in outputs)
 
 
 def _shapes(leaves: Sequence[jax.Array]) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -165,6 +223,26 @@ def _require_leaves(leaves: Sequence[jax.Array], pages: GroupPages) -> None:
         raise CacheMismatchError(
             f"the group has {len(pages.leaves)} leaves, got {len(leaves)}; "
             "pass those of CanonicalKVCaches.group_leaves()"
+        )
+
+
+def _require_ids_for_each_shard(ids: jax.Array, grid: ShardGrid) -> None:
+    if len(ids) % grid.num_data_shards:
+        raise BlockIdError(
+            f"block_ids has {len(ids)} entries for {grid.num_data_shards} data shards; give as many for each "
+            "of them, filled up with -1"
+        )
+
+
+def _require_records_for_each_shard(
+    staging: jax.Array, ids: jax.Array, grid: ShardGrid, pages: GroupPages
+) -> None:
+    """On one device the op itself counts records that are missing; cut up, they would pass for others."""
+    expected = (len(ids), grid.num_tensor_shards * pages.record_bytes)
+    if grid.parts and staging.shape != expected:
+        raise CacheMismatchError(
+            f"staging has shape {staging.shape}, but {len(ids)} blocks in {grid.num_tensor_shards} tensor "
+            f"shards take {expected}; pass records as gather_pages returns them"
         )
 
 

@@ -31,7 +31,7 @@ def gather_pages(leaves: Sequence[jax.Array], block_ids: jax.Array, pages: Group
         units = _UnitView(placement.plan, leaf.size)
         rows = leaf.reshape(-1, units.unit)
         page = rows[units.leaf_rows(blocks)].reshape(block_ids.shape[0], placement.plan.page_bytes)
-        staging = staging.at[:, units.record_bytes()].set(page)
+        staging = _set_columns(staging, units.record_bytes(), page)
     return jnp.where(valid[:, None], staging, 0)
 
 
@@ -53,18 +53,15 @@ def scatter_pages(
         rows = flat[place].reshape(-1, units.unit)
         at = units.leaf_rows(jnp.where(written, block_ids, 0))
         at = jnp.where(written[:, None], at, rows.shape[0])
-        page = staging[:, units.record_bytes()].reshape(*at.shape, units.unit)
+        page = _get_columns(staging, units.record_bytes()).reshape(*at.shape, units.unit)
         flat[place] = rows.at[at].set(page, mode="drop").reshape(-1)
-    counts = {
-        StatusEntry.MOVED: written,
-        StatusEntry.BAD_BLOCK: wanted & ~valid,
-        StatusEntry.REPEATED: valid & ~first,
+    known = {
+        StatusEntry.MOVED: jnp.sum(written),
+        StatusEntry.BAD_BLOCK: jnp.sum(wanted & ~valid),
+        StatusEntry.REPEATED: jnp.sum(valid & ~first),
+        StatusEntry.FIRST_REFUSED: jnp.argmax(wanted & ~written),
     }
-    status = jnp.zeros(STATUS_SIZE, jnp.int32)
-    for entry, mask in counts.items():
-        status = status.at[entry].set(jnp.sum(mask, dtype=jnp.int32))
-    first_refused = jnp.argmax(wanted & ~written).astype(jnp.int32)
-    status = status.at[StatusEntry.FIRST_REFUSED].set(first_refused)
+    status = jnp.stack([known.get(StatusEntry(entry), 0) for entry in range(STATUS_SIZE)]).astype(jnp.int32)
     return [_from_bytes(data, leaf) for data, leaf in zip(flat, leaves, strict=True)], status
 
 
@@ -74,6 +71,23 @@ def written_bytes(pages: GroupPages) -> slice | npt.NDArray[np.int64]:
         return slice(None)
     places = [_UnitView(placement.plan, 0).record_bytes() for placement in pages.placements]
     return np.concatenate([*places, np.arange(pages.clear_from, pages.record_bytes)])
+
+
+def _set_columns(staging: jax.Array, columns: npt.NDArray[np.int64], values: jax.Array) -> jax.Array:
+    """``staging`` with ``values`` in these columns; a plain copy where they lie side by side."""
+    if _are_neighbours(columns):
+        return jax.lax.dynamic_update_slice(staging, values, (0, int(columns[0])))
+    return staging.at[:, columns].set(values)
+
+
+def _get_columns(staging: jax.Array, columns: npt.NDArray[np.int64]) -> jax.Array:
+    if _are_neighbours(columns):
+        return staging[:, int(columns[0]) : int(columns[-1]) + 1]
+    return staging[:, columns]
+
+
+def _are_neighbours(columns: npt.NDArray[np.int64]) -> bool:
+    return bool((np.diff(columns) == 1).all())
 
 
 class _UnitView:
@@ -125,7 +139,7 @@ def _bits(dtype: DTypeLike) -> int:
 
 def _to_bytes(leaf: jax.Array) -> jax.Array:
     """The bytes of a leaf in row-major order, as they lie in memory."""
-    _require_real(leaf.dtype)
+    _require_bitcast(leaf.dtype)
     if leaf.dtype == jnp.bool_:
         return leaf.astype(jnp.uint8).reshape(-1)
     bits = _bits(leaf.dtype)
@@ -138,9 +152,11 @@ def _from_bytes(data: jax.Array, like: jax.Array) -> jax.Array:
         return data.astype(jnp.bool_).reshape(like.shape)
     bits = _bits(like.dtype)
     grouped = data.reshape(-1, bits // 8) if bits > 8 else data
-    return jax.lax.bitcast_convert_type(grouped, like.dtype).reshape(like.shape)
+    with jax.enable_x64(True):  # Without it a leaf of 64-bit elements would come back with 32.
+        return jax.lax.bitcast_convert_type(grouped, like.dtype).reshape(like.shape)
 
 
-def _require_real(dtype: DTypeLike) -> None:
-    if jnp.issubdtype(dtype, jnp.complexfloating):
+def _require_bitcast(dtype: DTypeLike) -> None:
+    bits = _bits(dtype)
+    if jnp.issubdtype(dtype, jnp.complexfloating) or (8 % bits and bits % 8):
         raise CacheMismatchError(f"the xla backend cannot read {dtype} as bytes; use backend='cpu'")
