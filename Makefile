@@ -1,17 +1,19 @@
 # Everything sets itself up: a virtual environment per Python, the build, the dependencies.
 #   make demo     real Gemma 3 270M weights, offloading on against off
 #   make test     the whole test suite
+#   make test-families   tests against the packages that allocate caches: flax, MaxText, gemma and others
 # PYTHON=python3.12 picks another interpreter; VENV=dir another environment.
 
 PYTHON ?= python3
 VENV ?= .venv
+FAMILIES_VENV ?= .venv-families
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
 SOURCES := pyproject.toml README.md LICENSE $(shell find jaxkv ffi examples -type f \
 	-not -name '*.pyc' -not -path '*/__pycache__/*')
 CPP := $(shell find ffi -name '*.cc' -o -name '*.h')
 
-.PHONY: help demo test lint format docs native-test clean
+.PHONY: help demo test test-families run-families lint format docs native-test clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -22,6 +24,13 @@ demo: $(VENV)/.jaxkv
 test: $(VENV)/.jaxkv
 	@echo "== pytest, $$($(BIN)/python --version), jax $$($(BIN)/python -c 'import jax; print(jax.__version__)')"
 	$(BIN)/pytest -n auto --dist loadfile
+
+test-families:
+	@$(MAKE) --no-print-directory run-families VENV=$(FAMILIES_VENV)
+
+run-families: $(VENV)/.families
+	@echo "== cache families, $$($(BIN)/python --version), jax $$($(BIN)/python -c 'import jax; print(jax.__version__)')"
+	$(BIN)/pytest -n auto --dist loadfile tests/families
 
 lint: $(VENV)/.jaxkv $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -62,6 +71,14 @@ $(VENV)/.python:
 $(VENV)/.jaxkv: $(VENV)/.python $(SOURCES)
 	@echo "== building jaxkv and installing what it needs into $(VENV)"
 	$(PIP) install ".[demo,test]"
+	@touch $@
+
+$(VENV)/.families: $(VENV)/.python $(SOURCES) $(wildcard tests/families/requirements*.txt)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
+		{ echo "these packages need Python 3.12 or newer; try make test-families PYTHON=python3.12"; exit 1; }
+	@echo "== building jaxkv and installing the packages it is tested against into $(VENV)"
+	$(PIP) install ".[test]" -r tests/families/requirements.txt
+	$(PIP) install --no-deps -r tests/families/requirements-no-deps.txt
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.python pyproject.toml
