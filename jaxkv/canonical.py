@@ -180,8 +180,8 @@ def _place_pages(group: KVCacheGroupSpec, positions: LeafPositions, hints: Hints
     placed: list[PlacedPage] = []
     for name in group.layer_names:
         leaves = positions.of_layer[name]
-        described = [positions.unique[leaf] for leaf in leaves]
-        parts = find_layer_pages(group.spec, described, group.num_blocks, _hints_of(name, len(leaves), hints))
+        layer_hints = _hints_of(name, len(leaves), hints)
+        parts = find_layer_pages(group.spec, positions.leaves_of(name), group.num_blocks, layer_hints)
         placed += [PlacedPage(name, leaf, part) for leaf, part in zip(leaves, parts, strict=True)]
     _require_disjoint(placed, positions)
     return placed
@@ -191,6 +191,10 @@ def _hints_of(layer_name: str, num_leaves: int, hints: Hints) -> Sequence[Layout
     given = hints.get(layer_name, LayoutHint())
     if isinstance(given, LayoutHint):
         return [given] * num_leaves
+    if not isinstance(given, Sequence) or not all(isinstance(hint, LayoutHint) for hint in given):
+        raise ConfigError(
+            f"hints of layer {layer_name!r} must be a LayoutHint or a list of them, not {given!r}"
+        )
     if len(given) != num_leaves:
         raise ConfigError(
             f"layer {layer_name!r} has {num_leaves} leaves and {len(given)} hints; "

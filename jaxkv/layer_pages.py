@@ -9,7 +9,7 @@ from typing import assert_never, final
 import numpy as np
 
 from jaxkv.errors import CacheMismatchError
-from jaxkv.layout import BlockView, CacheLeaf, LayoutHint, shares_whole_bytes, view_blocks
+from jaxkv.layout import BlockView, CacheLeaf, LayoutHint, find_page, shares_whole_bytes, view_blocks
 from jaxkv.sharding import LeafShards
 from jaxkv.spec import (
     AttentionSpec,
@@ -85,6 +85,7 @@ def _row_pages(
         else:
             size = expected if view.block_bytes == padded else view.block_bytes
         page = range(hint.page_offset_bytes, hint.page_offset_bytes + size)
+        find_page(leaf, view, page)  # An error names this layer, not another one of the same leaf.
         pages.append(LayerPage(view, page, leaf.shards, _why_per_shard(spec, leaf, view, page, hint)))
     stored = sum(page.num_bytes for page in pages)
     if stored != expected:
@@ -172,7 +173,10 @@ def _why_per_shard(
         return None
     if page != range(view.block_bytes):
         return f"{leaf}: each device cuts its page out of its own part of a wider row"
-    if split != [hint.head_axis] and not (len(split) == 1 and leaf.shape[split[0]] == _num_kv_heads(spec)):
+    heads = [hint.head_axis]
+    if hint.head_axis is None:
+        heads = [axis for axis in split if leaf.shape[axis] == _num_kv_heads(spec)]
+    if split != heads:
         return (
             f"{leaf}: axis {', '.join(map(str, split))} is split over devices and not known to list heads in "
             "order; if a slice of it means the same for any number of devices, say LayoutHint(head_axis=...)"

@@ -19,6 +19,10 @@ from jaxkv.sharding import Cell, LeafShards, whole_leaf
 from jaxkv.spec import dtype_bits
 
 
+def _is_number(value: object, least: int) -> bool:
+    return isinstance(value, int | np.integer) and bool(value >= least)
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class LayoutHint:
@@ -45,23 +49,18 @@ class LayoutHint:
 
     def __post_init__(self) -> None:
         axes = () if self.block_axis == "auto" else self.block_axes
-        if not all(isinstance(axis, int) and axis >= 0 for axis in axes) or (
-            self.block_axis != "auto" and not 1 <= len(set(axes)) == len(axes) <= 2
+        if self.block_axis != "auto" and (
+            not all(_is_number(axis, 0) for axis in axes) or not 1 <= len(set(axes)) == len(axes) <= 2
         ):
             raise ConfigError(
                 f"LayoutHint.block_axis must be 'auto', 0, 1, ... or two of these, got {self.block_axis!r}"
             )
-        for name in ("kernel_blocks_per_block", "head_copies"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"LayoutHint.{name} must be at least 1, got {getattr(self, name)}")
-        if self.page_offset_bytes < 0:
-            raise ConfigError(
-                f"LayoutHint.page_offset_bytes must not be negative, got {self.page_offset_bytes}"
-            )
-        if self.page_size_bytes is not None and self.page_size_bytes < 1:
-            raise ConfigError(f"LayoutHint.page_size_bytes must be at least 1, got {self.page_size_bytes}")
-        if self.head_axis is not None and self.head_axis < 0:
-            raise ConfigError(f"LayoutHint.head_axis must be 0, 1, ..., got {self.head_axis}")
+        smallest = {"kernel_blocks_per_block": 1, "page_offset_bytes": 0, "head_copies": 1}
+        smallest_if_given = {"page_size_bytes": 1, "head_axis": 0}
+        for name, least in (smallest | smallest_if_given).items():
+            value = getattr(self, name)
+            if not _is_number(value, least) and not (value is None and name in smallest_if_given):
+                raise ConfigError(f"LayoutHint.{name} must be an integer of at least {least}, got {value!r}")
         if self.head_axis is not None and self.head_axis in axes:
             raise ConfigError(f"LayoutHint.head_axis {self.head_axis} is a block axis already")
         if self.head_copies > 1 and self.head_axis is None:
@@ -71,7 +70,7 @@ class LayoutHint:
     def block_axes(self) -> tuple[int, ...]:
         """``block_axis`` as a tuple. Only where it is not ``"auto"``."""
         assert self.block_axis != "auto"
-        return (self.block_axis,) if isinstance(self.block_axis, int) else tuple(self.block_axis)
+        return self.block_axis if isinstance(self.block_axis, tuple) else (self.block_axis,)
 
     @property
     def cuts_row(self) -> bool:
@@ -257,8 +256,17 @@ def _on_each_device(leaf: CacheLeaf) -> str:
 def plan_page(leaf: CacheLeaf, view: BlockView, page: range, record_offset: int) -> list[PagePlan]:
     """The copies of bytes ``page`` of every block of ``leaf`` to ``record_offset`` in the block record.
 
-    ``page`` is a range of the row-major bytes that one device holds of a block. It must lie inside one run
-    or cover whole runs; otherwise raises ``CacheMismatchError``. Runs that touch each other become one.
+    Runs that touch each other become one. Raises as ``find_page`` does.
+    """
+    leaf_offset, loops, run_bits = find_page(leaf, view, page)
+    return _plan(view, loops, run_bits, leaf_offset, 8 * record_offset)
+
+
+def find_page(leaf: CacheLeaf, view: BlockView, page: range) -> tuple[int, tuple[Loop, ...], int]:
+    """Where bytes ``page`` of a block begin in ``leaf``, the loops over them and their runs, all in bits.
+
+    ``page`` is a range of the row-major bytes that one device holds of a block. Raises ``CacheMismatchError``
+    unless it lies inside one run or covers whole runs.
     """
     if not page or page.stop > view.block_bytes:
         raise CacheMismatchError(
@@ -270,11 +278,11 @@ def plan_page(leaf: CacheLeaf, view: BlockView, page: range, record_offset: int)
     found = cut_loops(loops, run_bits, range(8 * page.start, 8 * page.stop))
     if found is None:
         raise CacheMismatchError(
-            f"{leaf}: bytes {page.start} to {page.stop} of a block cut its runs of {run_bits // 8} bytes; "
-            "choose an offset and a size that are multiples of the run, or put the block axis first"
+            f"{leaf}: bytes {page.start} to {page.stop} of a block cut its runs of {run_bits // 8} bytes, "
+            "or an axis outside them; take a part of one run or whole entries of one axis, or put the block "
+            "axis first"
         )
-    leaf_offset, loops, run_bits = found
-    return _plan(view, loops, run_bits, leaf_offset, 8 * record_offset)
+    return found
 
 
 def shares_whole_bytes(view: BlockView) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, final
 
 import jax
 import numpy as np
 
-from jaxkv.errors import CacheMismatchError, DeletedCacheError
+from jaxkv.errors import CacheMismatchError, ConfigError, DeletedCacheError
 from jaxkv.layout import CacheLeaf, whole_cache_leaf
 from jaxkv.sharding import find_shards
 from jaxkv.spec import KVCacheConfig, dtype_bits
@@ -32,6 +32,13 @@ class LeafPositions:
     unique: tuple[CacheLeaf, ...]
     unique_at: tuple[int, ...]
     of_layer: Mapping[str, tuple[int, ...]] = field(hash=False)
+
+    def leaves_of(self, layer_name: str) -> list[CacheLeaf]:
+        """The leaves of a layer under its name, also those that another layer uses too."""
+        return [
+            replace(self.unique[index], label=_label(layer_name, place))
+            for place, index in enumerate(self.of_layer[layer_name])
+        ]
 
     def read(self, kv_caches: Mapping[str, Any]) -> list[jax.Array]:
         """The unique leaves of ``kv_caches``; raises if they are not shaped as registered or were deleted."""
@@ -109,7 +116,7 @@ def find_leaves(kv_caches: Mapping[str, Any], config: KVCacheConfig, inspect: In
                 f"kv_caches is a {type(kv_caches).__name__}, which JAX does not take apart; pass a dict"
             )
         positions = flat_of_layer[path[0].key]
-        labels.append(f"layer {path[0].key!r}, leaf {len(positions)}")
+        labels.append(_label(path[0].key, len(positions)))
         positions.append(position)
     inspected = inspect([leaf for _, leaf in with_path], labels)
 
@@ -127,6 +134,10 @@ def find_leaves(kv_caches: Mapping[str, Any], config: KVCacheConfig, inspect: In
     unique_at = tuple(number[identity] for identity, _ in inspected)
     of_layer = {name: tuple(unique_at[p] for p in flat_of_layer[name]) for name in layer_names}
     return LeafPositions(treedef, tuple(unique), unique_at, of_layer)
+
+
+def _label(layer_name: str, place: int) -> str:
+    return f"layer {layer_name!r}, leaf {place}"
 
 
 def inspect_shapes(leaves: Sequence[Any], labels: Sequence[str]) -> Sequence[tuple[Hashable, CacheLeaf]]:
@@ -183,6 +194,7 @@ def _require_storable(leaf: Any, label: str) -> None:
         raise CacheMismatchError(
             f"{label} is a {type(leaf).__name__}; every leaf must be a concrete jax.Array"
         )
+    _require_dtype(leaf, label)
     if leaf.is_deleted():
         raise _deleted(label)
     layout: Any = getattr(leaf, "format").layout  # noqa: B009 - jax does not declare it
@@ -192,6 +204,13 @@ def _require_storable(leaf: Any, label: str) -> None:
             f"{_describe(leaf, label)} is stored in axis order {order}, expected row-major; "
             "create it without a custom Layout"
         )
+
+
+def _require_dtype(leaf: Any, label: str) -> None:
+    try:
+        dtype_bits(leaf.dtype)
+    except ConfigError as error:
+        raise CacheMismatchError(f"{label}: {error}") from error
 
 
 def _require_layers(kv_caches: Mapping[str, Any], expected: set[str]) -> None:
@@ -245,6 +264,7 @@ def _same_buffer(leaf: jax.Array, other: jax.Array) -> bool:
 def _describe(leaf: Any, label: str) -> CacheLeaf:
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         raise CacheMismatchError(f"{label} is a {type(leaf).__name__}, which has no shape and dtype")
+    _require_dtype(leaf, label)
     return whole_cache_leaf(label, tuple(leaf.shape), np.dtype(leaf.dtype))
 
 

@@ -6,13 +6,14 @@ their parts one after another, or, where pages are portable, the page of the uns
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import final
 
 from jaxkv.errors import CacheMismatchError
 from jaxkv.layer_pages import LayerPage
-from jaxkv.layout import CacheLeaf, plan_page, plan_shard
+from jaxkv.layout import BlockView, CacheLeaf, plan_page, plan_shard
 from jaxkv.page_plan import PagePlan
 
 RECORD_ALIGNMENT = 512
@@ -110,17 +111,32 @@ class PlacedPage:
         view, shards = self.part.view, self.part.shards
         if not shards.is_spread:
             return ()
-        held = self.held_shards
+        held = {shard: place for place, shard in enumerate(self.held_shards)}
         found: list[list[list[int]]] = [[[] for _ in held] for _ in range(shards.grid[view.block_axes[0]])]
         for device, cell in shards.cells:
-            found[view.data_shard_of(cell)][held.index(view.shard_of(cell))].append(device)
+            found[view.data_shard_of(cell)][held[view.shard_of(cell)]].append(device)
         return tuple(tuple(map(tuple, of_data_shard)) for of_data_shard in found)
 
-    def plan(self, leaf: CacheLeaf, held: int, record_offset: int) -> list[PagePlan]:
-        """The copies of part ``held_shards[held]``, of a page that begins at ``record_offset``."""
-        if self.is_portable:
-            return plan_shard(self.part.view, self.held_shards[held], record_offset)
-        return plan_page(leaf, self.part.view, self.part.page, record_offset + held * len(self.part.page))
+    def plans(self, leaf: CacheLeaf, record_offset: int) -> Iterator[list[PagePlan]]:
+        """The copies of each held part, of a page that begins at ``record_offset``."""
+        view = self.part.view
+        if self.is_portable and view.num_shards > 1:
+            for shard in self.held_shards:
+                yield _shift(_plan_shard_once(view, shard), record_offset)
+        else:
+            local = plan_page(leaf, view, self.part.page, record_offset)
+            for held in range(len(self.held_shards)):
+                yield _shift(local, held * len(self.part.page))
+
+
+@lru_cache(maxsize=1024)
+def _plan_shard_once(view: BlockView, shard: int) -> list[PagePlan]:
+    """Layers are alike, and registering them should not cost a plan for each of them on each device."""
+    return plan_shard(view, shard, record_offset=0)
+
+
+def _shift(plans: Sequence[PagePlan], num_bytes: int) -> list[PagePlan]:
+    return [replace(plan, record_offset=plan.record_offset + num_bytes) for plan in plans]
 
 
 def _round_up(num_bytes: int) -> int:
@@ -160,20 +176,22 @@ def _plan_spread_record(
     alike: dict[Holders, list[tuple[PlacedPage, int]]] = {}
     block_bytes = 0
     for page in placed:
-        alike.setdefault(page.holders, []).append((page, block_bytes))
+        holders = page.holders
+        _require_like_data_shards(leaves[page.leaf], holders)
+        alike.setdefault(holders, []).append((page, block_bytes))
         block_bytes += page.num_bytes
     record_bytes = _round_up(block_bytes)
     parts: list[RecordPart] = []
     for holders, pages in alike.items():
-        shards = []
-        for held in range(len(pages[0][0].held_shards)):
+        copied = sum(len(page.part.page) for page, _ in pages)
+        shards: list[GroupPages] = []
+        for plans_of_pages in zip(*(page.plans(leaves[page.leaf], at) for page, at in pages), strict=True):
             plans = [
                 PagePlacement(page.leaf, plan)
-                for page, offset in pages
-                for plan in page.plan(leaves[page.leaf], held, offset)
+                for (page, _), plans_of_page in zip(pages, plans_of_pages, strict=True)
+                for plan in plans_of_page
             ]
-            copied = sum(len(page.part.page) for page, _ in pages)
-            clear_from = record_bytes if parts or held else block_bytes
+            clear_from = record_bytes if parts or shards else block_bytes
             sizes = (copied, record_bytes, clear_from)
             shards.append(_make_pages(num_blocks, [page for page, _ in pages], leaves, plans, sizes))
         parts.append(RecordPart(tuple(shards), holders))
@@ -199,6 +217,18 @@ def _make_pages(
         record_bytes=record_bytes,
         clear_from=clear_from,
     )
+
+
+def _require_like_data_shards(leaf: CacheLeaf, holders: Holders) -> None:
+    """A record names no data shard, so all that lie here at all must lie here in the same parts."""
+    for data_shard, devices_of_parts in enumerate(holders):
+        missing = [part for part, devices in enumerate(devices_of_parts) if not devices]
+        if 0 < len(missing) < len(devices_of_parts):
+            raise CacheMismatchError(
+                f"{leaf}: parts {missing} of the blocks of data shard {data_shard} lie on devices of other "
+                "processes, but those of other data shards lie here; name all processes in processes=... and "
+                "share one pool, or order the mesh so that a process holds the same parts of each"
+            )
 
 
 def _require_same_devices(placed: Sequence[PlacedPage], leaves: Sequence[CacheLeaf]) -> None:

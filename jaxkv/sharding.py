@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
 import jax
 
-from jaxkv.errors import CacheMismatchError
+from jaxkv.errors import CacheMismatchError, ConfigError
 
 Cell = tuple[int, ...]
 """Index of a device's part along every axis of a leaf."""
@@ -55,32 +55,37 @@ def find_shards(
 ) -> LeafShards:
     """How ``sharding`` spreads a leaf of ``shape``, as far as devices of ``processes`` hold it.
 
-    ``None`` stands for the calling process. Raises ``CacheMismatchError`` where parts differ in size, or
-    where none of these processes holds a part.
+    ``None`` stands for the calling process. Raises ``CacheMismatchError`` where devices hold parts of
+    different sizes, or no parts but summands, or where the calling process holds none; ``ConfigError`` for
+    ``processes`` without it.
     """
+    here = jax.process_index()
+    wanted = {here} if processes is None else set(processes)
+    if here not in wanted:
+        raise ConfigError(
+            f"processes {sorted(wanted)} leave out {here}, the one that asks; name all that share the pool"
+        )
+    if not sharding.addressable_devices:
+        raise CacheMismatchError(
+            f"{label} lies on no device of process {here}; register caches in processes that hold them"
+        )
     if len(sharding.device_set) == 1:
         return whole_leaf(len(shape))
     try:
         local = sharding.shard_shape(shape)
-    except ValueError as error:
-        raise CacheMismatchError(f"{label} does not split evenly over its devices: {error}") from error
-    wanted = {jax.process_index()} if processes is None else set(processes)
-    index_of: Any = sharding.devices_indices_map(shape)
-    cells = tuple(
-        sorted(
-            (
-                device.id,
-                tuple(
-                    (part.start or 0) // size if size else 0 for part, size in zip(index, local, strict=True)
-                ),
-            )
-            for device, index in index_of.items()
-            if device.process_index in wanted
-        )
+        index_of: Any = sharding.devices_indices_map(shape)
+    except (ValueError, NotImplementedError) as error:
+        raise CacheMismatchError(f"{label} is not in equal parts on its devices: {error}") from error
+    cells = sorted(
+        (device.id, _find_cell(index, local))
+        for device, index in index_of.items()
+        if device.process_index in wanted
     )
-    if not cells:
-        raise CacheMismatchError(
-            f"{label} lies on no device of the processes {sorted(wanted)}; register caches where they are"
-        )
     grid = tuple(size // part if part else 1 for size, part in zip(shape, local, strict=True))
-    return LeafShards(grid, cells)
+    return LeafShards(grid, tuple(cells))
+
+
+def _find_cell(index: Sequence[slice], local_shape: tuple[int, ...]) -> Cell:
+    return tuple(
+        (part.start or 0) // size if size else 0 for part, size in zip(index, local_shape, strict=True)
+    )

@@ -175,17 +175,24 @@ class MambaSpec:
     def __post_init__(self) -> None:
         _require_positive(self, block_size=self.block_size)
         _require_at_least(0, self, num_speculative_blocks=self.num_speculative_blocks)
+        if not isinstance(self.shapes, tuple) or not all(isinstance(shape, tuple) for shape in self.shapes):
+            raise ConfigError(f"MambaSpec.shapes must be a tuple of tuples, got {self.shapes!r}")
         if not self.shapes or len(self.shapes) != len(self.dtypes):
             raise ConfigError(
                 f"MambaSpec needs one dtype for each state shape, got {len(self.shapes)} shapes "
                 f"and {len(self.dtypes)} dtypes"
             )
-        if any(size < 1 for shape in self.shapes for size in shape):
+        if not all(
+            isinstance(size, int | np.integer) and size >= 1 for shape in self.shapes for size in shape
+        ):
             raise ConfigError(
-                f"every axis of a MambaSpec state must be at least 1 long, got shapes {self.shapes}"
+                f"every axis of a MambaSpec state must be a whole number of at least 1, got {self.shapes}"
             )
         state_bytes = page_size_bytes(self)
-        if self.page_size_padded is not None and self.page_size_padded < state_bytes:
+        if self.page_size_padded is None:
+            return
+        _require_positive(self, page_size_padded=self.page_size_padded)
+        if self.page_size_padded < state_bytes:
             raise ConfigError(
                 f"MambaSpec.page_size_padded is {self.page_size_padded}, "
                 f"less than the state's {state_bytes} bytes"

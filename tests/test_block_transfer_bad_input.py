@@ -149,7 +149,7 @@ def test_one_array_for_two_leaves_cannot_be_restored(pool: HostPool) -> None:
 
 
 def test_two_arrays_of_one_buffer_cannot_be_restored_and_stay(pool: HostPool) -> None:
-    kv_caches, _, transfer = set_up("separate_kv_float32", pool)
+    kv_caches, _, transfer = set_up("separate_kv", pool)
     key, _ = kv_caches["layers.0"]
     doubled = kv_caches | {"layers.0": (key, key.addressable_data(0))}
     with transfer.reserve(GroupId(0), 1) as slots:

@@ -21,6 +21,11 @@ from jaxkv.transfer import ops, reference, xla_ops
 from jaxkv.transfer.status import StatusEntry, explain_refusals, make_status
 
 OPS = pytest.mark.parametrize("ops_of", [ops, xla_ops], ids=["cpu", "xla"])
+XLA_CASES = (
+    *("packed_kv", "head_major", "block_axis_last", "kernel_blocks_of_split_kv"),
+    *("float4_scales_float8_e8m0fnu", "mamba_two_dtypes", "layers_in_padded_rows", "dense_scales"),
+)
+"""One of each kind of plan. Transfers run all layouts with these ops."""
 BLOCK_IDS = np.array([3, -1, 0, 5, 99, -7], np.int32)
 
 
@@ -40,26 +45,29 @@ def counts(status: jax.Array) -> dict[str, int]:
     return {entry.name: int(n) for entry, n in named if n and entry < StatusEntry.FIRST_REFUSED}
 
 
-@OPS
-@pytest.mark.parametrize("case", LAYOUT_CASES, ids=str)
-def test_gather_equals_the_reference(case: LayoutCase, ops_of: Any) -> None:
-    leaves, pages = group_of(case)
-    staging = jax.jit(lambda ids, *xs: ops_of.gather_pages(xs, ids, pages))(BLOCK_IDS, *leaves)
-    expected = reference.gather_pages(host_bytes(leaves), BLOCK_IDS, pages)
-    assert staging.shape == (len(BLOCK_IDS), pages.record_bytes)
-    assert_same_bytes(staging, expected)
-
-
-@OPS
-@pytest.mark.parametrize("case", LAYOUT_CASES, ids=str)
-def test_scatter_equals_the_reference(case: LayoutCase, ops_of: Any) -> None:
+@pytest.mark.parametrize(
+    ("ops_of", "case"),
+    [
+        *(pytest.param(ops, case, id=f"cpu-{case}") for case in LAYOUT_CASES),
+        *(pytest.param(xla_ops, layout_case(name), id=f"xla-{name}") for name in XLA_CASES),
+    ],
+)
+def test_gather_and_scatter_equal_the_reference(case: LayoutCase, ops_of: Any) -> None:
     leaves, pages = group_of(case)
     source, _ = group_of(case, seed=2)
     ids = np.append(BLOCK_IDS, np.int32(0))
     staging = reference.gather_pages(host_bytes(source), np.array([2, 1, 0, 3, 0, 1, 2], np.int32), pages)
     expected = host_bytes(leaves)
+    expected_records = reference.gather_pages(expected, ids, pages)
     expected_status = reference.scatter_pages(staging, ids, expected, pages)
-    written, status = jax.jit(lambda s, i, *xs: ops_of.scatter_pages(s, i, xs, pages))(staging, ids, *leaves)
+
+    @jax.jit
+    def run(staging: jax.Array, ids: jax.Array, leaves: list[jax.Array]) -> Any:
+        return ops_of.gather_pages(leaves, ids, pages), ops_of.scatter_pages(staging, ids, leaves, pages)
+
+    records, (written, status) = run(staging, ids, leaves)
+    assert records.shape == (len(ids), pages.record_bytes)
+    assert_same_bytes(records, expected_records)
     assert status[: StatusEntry.ELAPSED_US].tolist() == expected_status[: StatusEntry.ELAPSED_US].tolist()
     for leaf, like, wanted in zip(written, leaves, expected, strict=True):
         assert (leaf.shape, leaf.dtype) == (like.shape, like.dtype)
@@ -151,11 +159,18 @@ def huge_pages() -> GroupPages:
     return pages_of(plan, 3, block_bytes=16, record_bytes=2**63 - 1)
 
 
-def pages_of(plan: PagePlan, count: int, *, block_bytes: int, record_bytes: int = 512) -> GroupPages:
-    """``count`` copies of one plan, of a leaf that is a flat array of bytes."""
+def pages_of(
+    plan: PagePlan,
+    count: int,
+    *,
+    block_bytes: int,
+    record_bytes: int = 512,
+    leaf_shape: tuple[int, ...] = (64,),
+) -> GroupPages:
+    """``count`` copies of one plan, of a leaf that is a flat array of bytes unless said otherwise."""
     placements = (PagePlacement(0, plan),) * count
     return GroupPages(
-        plan.num_blocks, placements, (0,), ((64,),), ((0,),), block_bytes, record_bytes, block_bytes
+        plan.num_blocks, placements, (0,), (leaf_shape,), ((0,),), block_bytes, record_bytes, block_bytes
     )
 
 
@@ -194,7 +209,7 @@ def test_entries_without_a_whole_record_in_the_staging_array_are_refused(
 def test_leaves_of_less_than_a_byte_per_element_are_read_packed(
     dtype: Any, ops_of: Any, placed: Callable[..., GroupPages]
 ) -> None:
-    pages = placed(PagePlan(num_blocks=8, block_stride=32, run_bytes=32))
+    pages = placed(PagePlan(num_blocks=8, block_stride=32, run_bytes=32), (8, 64))
     packed = np.random.default_rng(0).integers(0, 256, (8, 32), dtype=np.uint8)
     leaf = jax.lax.bitcast_convert_type(jnp.array(packed), dtype).reshape(8, 64)
     other = jax.lax.bitcast_convert_type(jnp.array(~packed), dtype).reshape(8, 64)
@@ -213,7 +228,7 @@ def test_the_size_of_a_packed_leaf_is_counted_in_bits(dtype: Any, placed: Callab
     # 128 elements: 128 bytes to FFI, half of that or less in memory.
     leaf = jnp.zeros(128, dtype)
     staging = jnp.full((1, 512), 255, jnp.uint8)
-    pages = placed(plan_that(num_blocks=8))
+    pages = placed(plan_that(num_blocks=8), (128,))
     (written,), status = ops.scatter_pages(staging, jnp.array([7], jnp.int32), [leaf], pages)
     assert counts(status) == {"BAD_GEOMETRY": 1}
     assert not np.array(written).astype(np.float32).any()
@@ -251,7 +266,7 @@ def test_refusals_are_explained_in_words() -> None:
 
 @pytest.fixture
 def placed() -> Callable[..., GroupPages]:
-    def place(plan: PagePlan) -> GroupPages:
-        return pages_of(plan, 1, block_bytes=min(max(plan.run_bytes, 0), 512))
+    def place(plan: PagePlan, leaf_shape: tuple[int, ...] = (64,)) -> GroupPages:
+        return pages_of(plan, 1, block_bytes=min(max(plan.run_bytes, 0), 512), leaf_shape=leaf_shape)
 
     return place

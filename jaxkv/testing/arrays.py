@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+
+_PACKED_BITS = {"int2": 2, "uint2": 2, "int4": 4, "uint4": 4, "float4_e2m1fn": 4}
+"""Bits of the types that XLA stores several to a byte, the first lowest; NumPy gives each a byte."""
+
+_USED_BITS = _PACKED_BITS | {"bool": 1, "float6_e2m3fn": 6, "float6_e3m2fn": 6}
+"""Bits that mean anything, of the types that leave a part of a NumPy byte unused."""
 
 
 def random_caches(shapes: Any, seed: int) -> Any:
@@ -23,6 +30,7 @@ def random_caches(shapes: Any, seed: int) -> Any:
         if id(struct) not in made:
             dtype = np.dtype(struct.dtype)
             raw = rng.integers(0, 256, (*struct.shape, dtype.itemsize), dtype=np.uint8)
+            raw &= np.uint8((1 << _USED_BITS.get(dtype.name, 8)) - 1)
             made[id(struct)] = jnp.array(raw.view(dtype).reshape(struct.shape), copy=True)
         return made[id(struct)]
 
@@ -45,12 +53,33 @@ def numpy_copy(kv_caches: Any) -> Any:
 
 
 def as_bytes(data: Any) -> npt.NDArray[np.uint8]:
-    """The bytes of an array, or of anything with the buffer protocol, in row-major order."""
+    """The bytes of an array as XLA stores them, row-major, or of anything with the buffer protocol."""
     if isinstance(data, jax.Array):
         data = np.array(jnp.copy(data))
-    if isinstance(data, np.ndarray):
-        data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-    return np.frombuffer(data, np.uint8)
+    if not isinstance(data, np.ndarray):
+        return np.frombuffer(data, np.uint8)
+    flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    bits = _PACKED_BITS.get(data.dtype.name, 8)
+    if bits == 8:
+        return flat
+    lanes = (flat & np.uint8((1 << bits) - 1)).reshape(-1, 8 // bits)
+    packed: npt.NDArray[np.uint8] = np.bitwise_or.reduce(lanes << _shifts(bits), axis=1)
+    return packed
+
+
+def from_bytes(data: bytes, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """The NumPy array whose ``as_bytes`` are ``data``. Writable."""
+    dtype = np.dtype(dtype)
+    flat = np.frombuffer(data, np.uint8)
+    bits = _PACKED_BITS.get(dtype.name, 8)
+    if bits != 8:
+        lanes = flat[:, None] >> _shifts(bits) & np.uint8((1 << bits) - 1)
+        flat = lanes.reshape(-1)[: math.prod(shape)]
+    return flat.copy().view(dtype).reshape(shape)
+
+
+def _shifts(bits: int) -> npt.NDArray[np.uint8]:
+    return np.arange(0, 8, bits, dtype=np.uint8)
 
 
 def assert_same_bytes(actual: Any, expected: Any, what: str = "data") -> None:
