@@ -130,9 +130,9 @@ class PlacedPage:
 
 
 @lru_cache(maxsize=1024)
-def _plan_shard_once(view: BlockView, shard: int) -> list[PagePlan]:
+def _plan_shard_once(view: BlockView, shard: int) -> tuple[PagePlan, ...]:
     """Layers are alike, and registering them should not cost a plan for each of them on each device."""
-    return plan_shard(view, shard, record_offset=0)
+    return tuple(plan_shard(view, shard, record_offset=0))
 
 
 def _shift(plans: Sequence[PagePlan], num_bytes: int) -> list[PagePlan]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from mesh_caches import MESH_CASES, groups_of, random_host
+from mesh_caches import MESH_CASES, groups_of, put, random_host
 
 from jaxkv.canonical import CanonicalKVCaches, canonicalize
 from jaxkv.errors import CacheMismatchError, ConfigError, JaxKVError
@@ -62,13 +62,6 @@ class Meeting:
     def from_owner(self, make: Callable[[], Any]) -> Any:
         """What process 0 makes."""
         return self.gather(make() if self.rank == 0 else None)[0]
-
-
-def put(host: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """This process's part of an array of all processes."""
-    index_of = sharding.addressable_devices_indices_map(host.shape)
-    parts = [jax.device_put(jnp.array(host[index], copy=True), device) for device, index in index_of.items()]
-    return jax.make_array_from_single_device_arrays(host.shape, sharding, parts)
 
 
 def put_on_all(case: LayoutCase, host: Any, mesh: Mesh) -> dict[str, Any]:

@@ -195,9 +195,14 @@ def test_a_spec_that_stores_another_size_is_refused(case, data):
 @given(layout_cases(), st.data())
 def test_states_that_differ_from_their_spec_are_refused(case, data):
     groups = list(case.config.groups)
-    states = [index for index, group in enumerate(groups) if isinstance(group.spec, MambaSpec)]
-    assume(states)
-    index = data.draw(st.sampled_from(states))
+    # A row of bytes may hold any states that are not longer.
+    typed = [
+        index
+        for index, group in enumerate(groups)
+        if isinstance(group.spec, MambaSpec) and group.spec.page_size_padded is None
+    ]
+    assume(typed)
+    index = data.draw(st.sampled_from(typed))
     spec = groups[index].spec
     other = ((*spec.shapes[0], 2), *spec.shapes[1:])
     changed = MambaSpec(spec.block_size, other, spec.dtypes)

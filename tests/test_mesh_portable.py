@@ -23,6 +23,7 @@ from mesh_caches import (
     TWO_HEAD_AXES,
     MeshPlan,
     groups_of,
+    put,
     put_on_mesh,
     random_host,
     register,
@@ -183,10 +184,6 @@ def random_bits(shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 def line_of(num_devices: int) -> Mesh:
     return Mesh(np.array(jax.devices("cpu")[:num_devices]), ("t",))
-
-
-def put(leaf: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    return jax.device_put(jnp.array(leaf, copy=True), sharding)
 
 
 def one_layer(spec: Any, num_blocks: int = 6) -> KVCacheConfig:

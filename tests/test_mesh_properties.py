@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from mesh_caches import put
 
 from jaxkv.canonical import CanonicalKVCaches, canonicalize
 from jaxkv.host_pool import HostPool
@@ -93,12 +94,7 @@ class Model:
 
     def put(self, host: list[np.ndarray]) -> dict[str, Any]:
         pairs = zip(host, self.states, strict=True)
-        return {
-            "a": [
-                jax.device_put(jnp.array(leaf, copy=True), NamedSharding(self.mesh, state.spec))
-                for leaf, state in pairs
-            ]
-        }
+        return {"a": [put(leaf, NamedSharding(self.mesh, state.spec)) for leaf, state in pairs]}
 
     def canonicalize(self, kv_caches: Any, *, portable_pages: bool) -> CanonicalKVCaches:
         hints = {"a": [LayoutHint(state.block_axis, head_axis=state.head_axis) for state in self.states]}
