@@ -27,6 +27,8 @@ from jaxkv.transfer.status import make_status
 from jaxkv.transfer.ticket import Move
 
 BACKENDS = ("cpu", "xla")
+ON_GPU = pytest.param("auto", marks=pytest.mark.cuda, id="gpu")
+"""Whatever "auto" chooses where JAX runs on a GPU."""
 POOL_BYTES = 4 << 20
 
 
@@ -53,7 +55,7 @@ def some_blocks(num_blocks: int, seed: int = 0) -> np.ndarray:
     return np.append(chosen, num_blocks - 1).astype(np.int32)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, ON_GPU])
 @pytest.mark.parametrize("case", LAYOUT_CASES, ids=str)
 def test_slots_and_restored_blocks_hold_the_bytes_the_oracle_finds_and_others_stay(
     case: LayoutCase, backend: str, pool: HostPool
