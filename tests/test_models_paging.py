@@ -49,7 +49,8 @@ def test_prompt_cut_into_chunks_gives_the_logits_of_the_whole_prompt(model: Mode
     whole, cut = Runner(model), Runner(model)
     expected = whole.prefill(whole.requests[0], PROMPT, shapes=(256,))
     actual = cut.prefill(cut.requests[0], PROMPT, shapes=(32,))
-    np.testing.assert_allclose(actual, expected, atol=ROUNDING, rtol=0)
+    # Rounding grows with the logits, and processors differ in the order in which they sum.
+    np.testing.assert_allclose(actual, expected, atol=ROUNDING * max(1.0, np.abs(expected).max()), rtol=0)
 
 
 def test_decoding_a_token_gives_the_logits_of_prefilling_it(model: Model) -> None:
