@@ -108,3 +108,13 @@ def test_snippet_is_about_thirty_lines():
 @pytest.mark.parametrize("command", ["make demo", "make test"])
 def test_first_screen_shows_the_two_commands(command):
     assert command in "\n".join(README.read_text().splitlines()[:25])
+
+
+@pytest.mark.parametrize("page", sorted((README.parent / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_every_include_of_the_docs_is_one_that_the_docs_understand(page: Path) -> None:
+    """A formatter of Python in Markdown takes ``--8<--`` for an expression and puts spaces into it."""
+    for line in page.read_text().splitlines():
+        if re.match(r"\s*-+\s*8\s*<", line):
+            included = re.fullmatch(r'--8<-- "(.*?)(:.*)?"', line)
+            assert included, line
+            assert (README.parent / included[1]).is_file(), line
