@@ -9,6 +9,7 @@ import pytest
 from connector_loop import STATE_BLOCK, Loop, expected_output
 
 from jaxkv.connector import SchedulerOutput
+from jaxkv.connector.lookup import Deferral
 from jaxkv.keys import GroupId, make_offload_key
 from jaxkv.offload import ReqContext
 from jaxkv.testing.leaks import assert_no_leaks
@@ -171,15 +172,41 @@ def test_request_with_a_load_in_flight_is_told_to_ask_again():
     loop.close()
 
 
-def test_two_requests_load_the_same_chunks_at_once():
+def test_request_that_wants_chunks_another_is_loading_waits_for_that_load():
     loop = Loop()
     loop.serve("first", PROMPT)
     loop.worker.delayed = True
     both = [loop.add("second", PROMPT), loop.add("third", PROMPT)]
-    loop.step()
-    assert len(loop.loading) == 2
+    other = loop.add("other", [7, *PROMPT])
+    for _ in range(3):
+        loop.step()
+        assert list(loop.loading) == ["second"]
+    assert other in loop.running or other.done, "who wants other chunks does not wait"
+    assert loop.connector.get_stats().deferred[Deferral.LOADING] == 3
     run_delayed(loop)
     assert [request.host_hits for request in both] == [[HIT], [HIT]]
+    loop.close()
+
+
+@pytest.mark.parametrize("end", ["failed", "aborted", "aborted before it was sent"])
+def test_request_that_waits_for_the_load_of_another_goes_on_however_that_ends(end):
+    loop = Loop()
+    loop.serve("first", PROMPT)
+    loop.worker.delayed = True
+    second, third = loop.add("second", PROMPT), loop.add("third", PROMPT)
+    if end == "aborted before it was sent":
+        loop.preempted, loop.new_blocks = set(), {}
+        loop.admit(second, {})
+        assert loop.connector.get_num_new_matched_tokens(third, 0) == (None, False)
+    else:
+        loop.step()
+    if end == "failed":
+        loop.worker.fail = lambda job: "told to fail" if job.req_id == "second" else None
+    else:
+        loop.abort(second)
+    run_delayed(loop)
+    assert third.done
+    assert third.tokens[len(PROMPT) :] == expected_output(PROMPT, 1)
     loop.close()
 
 

@@ -178,6 +178,22 @@ def test_a_backend_that_never_answers_a_lookup_costs_time_and_no_request(monkeyp
     close(engine)
 
 
+@pytest.mark.parametrize("kinds", KINDS, ids="+".join)
+def test_requests_with_the_same_prompt_load_it_once_and_share_it_on_the_device(kinds):
+    engine = make_engine(kinds)
+    prompt = random_prompt(0, 50)
+    expect(engine, [prompt])
+    engine.reset_prefix_cache()
+    alone = expect(engine, [prompt])[0].metrics
+    loaded_bytes = engine.connector.get_stats().loaded_bytes
+    assert alone.host_hit_tokens == 48
+    engine.reset_prefix_cache()
+    both = [output.metrics for output in expect(engine, [prompt, prompt])]
+    assert engine.connector.get_stats().loaded_bytes == 2 * loaded_bytes
+    assert sorted((m.device_hit_tokens, m.host_hit_tokens) for m in both) == [(0, 48), (48, 0)]
+    close(engine)
+
+
 @pytest.mark.parametrize("name", ["on_new_request", "request_finished_all_groups"])
 def test_ctrl_c_while_requests_are_added_or_aborted_leaves_none_behind(monkeypatch, name):
     engine = make_engine()

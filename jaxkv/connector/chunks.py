@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 from jaxkv.errors import ConfigError
@@ -25,34 +25,34 @@ class ChunkId:
 @final
 @dataclass(frozen=True, slots=True)
 class ChunkedCaches:
-    """How the caches of one model fall into chunks of ``blocks_per_chunk`` blocks."""
+    """How the caches of one model fall into chunks of ``blocks_per_chunk`` blocks.
+
+    ``hit_groups`` are the groups as hit search sees them. A host hit ends at a multiple of
+    ``alignment_tokens``: a chunk boundary of every group. All sizes are worked out once, for a long request
+    asks for them thousands of times.
+    """
 
     config: KVCacheConfig
     blocks_per_chunk: int
+    hit_groups: tuple[HitGroup, ...] = field(init=False)
+    alignment_tokens: int = field(init=False)
+    _tokens_per_hash: int = field(init=False)
 
     def __post_init__(self) -> None:
         if self.blocks_per_chunk < 1:
             raise ConfigError(f"blocks_per_chunk must be at least 1, got {self.blocks_per_chunk}")
-
-    @property
-    def hit_groups(self) -> tuple[HitGroup, ...]:
-        """The groups as hit search sees them."""
-        return tuple(
-            HitGroup(group.spec, group.block_size * self.blocks_per_chunk) for group in self.config.groups
-        )
-
-    @property
-    def alignment_tokens(self) -> int:
-        """A host hit ends at a multiple of this: a chunk boundary of every group."""
-        return math.lcm(*(group.block_size for group in self.config.groups)) * self.blocks_per_chunk
+        groups = tuple(HitGroup(g.spec, g.block_size * self.blocks_per_chunk) for g in self.config.groups)
+        object.__setattr__(self, "hit_groups", groups)
+        object.__setattr__(self, "alignment_tokens", math.lcm(*(group.tokens_per_chunk for group in groups)))
+        object.__setattr__(self, "_tokens_per_hash", self.config.hash_block_size)
 
     def hashed_tokens(self, block_hashes: Sequence[BlockHash]) -> int:
         """Tokens the hashes cover."""
-        return len(block_hashes) * self.config.hash_block_size
+        return len(block_hashes) * self._tokens_per_hash
 
     def tokens_per_chunk(self, group: GroupId) -> int:
         """Tokens of one chunk."""
-        return self.config.groups[group].block_size * self.blocks_per_chunk
+        return self.hit_groups[group].tokens_per_chunk
 
     def end_tokens(self, chunk: ChunkId) -> int:
         """The token boundary at which a chunk ends."""
@@ -60,7 +60,7 @@ class ChunkedCaches:
 
     def key(self, block_hashes: Sequence[BlockHash], chunk: ChunkId) -> OffloadKey:
         """The key of a chunk whose tokens ``block_hashes`` cover: the hash that ends where the chunk ends."""
-        last = self.end_tokens(chunk) // self.config.hash_block_size - 1
+        last = self.end_tokens(chunk) // self._tokens_per_hash - 1
         return make_offload_key(block_hashes[last], chunk.group)
 
     def blocks(self, chunk: ChunkId) -> range:

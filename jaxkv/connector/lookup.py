@@ -14,11 +14,17 @@ from jaxkv.offload.base import LookupResult
 
 
 class Deferral(Enum):
-    """Why a request should ask again later."""
+    """Why a request should ask again later.
+
+    ``PENDING``: a chunk it needs is being written. ``LOADING``: one is being loaded for another request, and
+    will be found on the device. ``RETRY``: the backend does not know yet. ``IN_FLIGHT``: the request's own
+    load is under way.
+    """
 
     PENDING = "pending"
     RETRY = "retry"
     IN_FLIGHT = "in_flight"
+    LOADING = "loading"
 
 
 @final
@@ -44,24 +50,25 @@ def find_hit(
     Chunks still being written count as present, so that a request waits for them instead of computing them
     again; the answer is a ``Deferral`` then.
     """
-    answers: dict[ChunkId, LookupResult] = {}
+    answers: dict[tuple[GroupId, int], tuple[OffloadKey, LookupResult]] = {}
 
     def present(group: GroupId, index: int) -> bool:
-        chunk = ChunkId(group, index)
-        if chunk not in answers:
-            answers[chunk] = lookup(caches.key(block_hashes, chunk))
-        return answers[chunk] is not LookupResult.MISS
+        answer = answers.get((group, index))
+        if answer is None:
+            key = caches.key(block_hashes, ChunkId(group, index))
+            answer = answers[group, index] = key, lookup(key)
+        return answer[1] is not LookupResult.MISS
 
     limit = min(limit_tokens, caches.hashed_tokens(block_hashes))
     boundary = longest_hit(caches.hit_groups, known_tokens, limit, caches.alignment_tokens, present)
     chunks = chunks_to_load(caches, known_tokens, boundary)
-    needed = {answers[chunk] for chunk in chunks}
+    found = [answers[chunk.group, chunk.index] for chunk in chunks]
+    needed = {answer for _, answer in found}
     if LookupResult.RETRY in needed:
         return Deferral.RETRY
     if LookupResult.HIT_PENDING in needed:
         return Deferral.PENDING
-    keys = tuple(caches.key(block_hashes, chunk) for chunk in chunks)
-    return Hit(known_tokens, boundary, chunks, keys)
+    return Hit(known_tokens, boundary, chunks, tuple(key for key, _ in found))
 
 
 def chunks_to_load(caches: ChunkedCaches, known_tokens: int, boundary_tokens: int) -> tuple[ChunkId, ...]:

@@ -24,7 +24,7 @@ from jaxkv.connector.request_state import Promise, RequestState, Tenure
 from jaxkv.connector.stores import StorePlanner
 from jaxkv.errors import RequestError
 from jaxkv.hits import unread_blocks
-from jaxkv.keys import GroupId, JobId, OffloadKey
+from jaxkv.keys import BlockId, GroupId, JobId, OffloadKey
 from jaxkv.offload.base import JobResult, LookupResult, OffloadingManager, ReqContext, TransferJob
 
 MAX_RETRY_S = 10.0
@@ -47,6 +47,7 @@ class OffloadingScheduler:
         )
         self._requests: dict[str, RequestState] = {}
         self._unsent_loads: dict[JobId, TransferJob] = {}
+        self._loading_keys: set[OffloadKey] = set()
         self._retired: list[Tenure] = []
         self._departed: list[ReqContext] = []
 
@@ -79,6 +80,8 @@ class OffloadingScheduler:
             request.num_tokens - 1,
             self._lookup(state),
         )
+        if isinstance(found, Hit) and not self._loading_keys.isdisjoint(found.keys):
+            found = Deferral.LOADING
         if isinstance(found, Deferral):
             if found is Deferral.RETRY and state.retry_until_s is None:
                 state.retry_until_s = time.monotonic() + MAX_RETRY_S
@@ -116,24 +119,31 @@ class OffloadingScheduler:
                 f"request {state.ctx.req_id!r} was promised {promised} tokens and was allocated for "
                 f"{num_tokens}; pass what get_num_new_matched_tokens answered in this step, or 0"
             )
-        targets = [(chunk, self._load_targets(promise.hit, chunk, blocks)) for chunk in promise.hit.chunks]
+        unread = [
+            unread_blocks(group.spec, promise.hit.boundary_tokens) for group in self._caches.config.groups
+        ]
+        targets = [
+            (chunk, self._load_targets(promise.hit, chunk, blocks[chunk.group], unread[chunk.group]))
+            for chunk in promise.hit.chunks
+        ]
         transfer = self._jobs.start(
             JobKind.LOAD, state.ctx, promise.hit.keys, device_blocks(targets), promise.spec
         )
         self._metrics.hit(promise.hit)
         self._unsent_loads[transfer.job_id] = transfer
+        self._loading_keys.update(promise.hit.keys)
         state.load, state.promise = transfer.job_id, None
 
-    def _load_targets(self, hit: Hit, chunk: ChunkId, blocks: BlockTables) -> tuple[int, ...]:
+    def _load_targets(
+        self, hit: Hit, chunk: ChunkId, table: Sequence[BlockId | None], unread: range
+    ) -> tuple[int, ...]:
         """Where a chunk goes: the request's blocks behind the device hit, -1 where no later token looks."""
-        group = self._caches.config.groups[chunk.group]
-        unread = unread_blocks(group.spec, hit.boundary_tokens)
-        table = blocks[chunk.group]
+        block_size = self._caches.config.groups[chunk.group].block_size
         payload = self._caches.payload_blocks(chunk)
         targets: list[int] = []
         for position in self._caches.blocks(chunk):
             block = table[position] if position < len(table) else None
-            on_device = (position + 1) * group.block_size <= hit.known_tokens
+            on_device = (position + 1) * block_size <= hit.known_tokens
             if on_device or position not in payload or position in unread:
                 targets.append(-1)
             elif block is None:
@@ -215,6 +225,7 @@ class OffloadingScheduler:
         if job.kind is JobKind.STORE:
             self._manager.complete_store(job.keys, job.ctx, success=success)
             return
+        self._loading_keys.difference_update(job.keys)
         self._manager.complete_load(job.keys, job.ctx, success=success)
         state = self._requests[job.ctx.req_id]
         state.load = None
@@ -260,6 +271,7 @@ class OffloadingScheduler:
         assert state.load is not None
         del self._unsent_loads[state.load]
         job = self._jobs.cancel(state.load)
+        self._loading_keys.difference_update(job.keys)
         self._manager.complete_load(job.keys, job.ctx)
         state.load = None
 
@@ -306,6 +318,7 @@ class OffloadingScheduler:
             *(f"job {job.transfer.job_id} ({job.kind.name}) has not been reported" for job in self._jobs),
             *(f"request {req_id!r} has not finished" for req_id in self._requests),
             *(f"request {tenure.ctx.req_id!r} has chunks that were not planned" for tenure in self._retired),
+            *(f"chunk {key.hex()} counts as being loaded" for key in self._loading_keys),
             *self._manager.leaks(),
         ]
 
