@@ -7,8 +7,8 @@ whatever else changes the cached bytes. Index types live here too, one per index
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import NewType
+from collections.abc import Iterator, Sequence
+from typing import NewType, final, overload
 
 import numpy as np
 
@@ -69,3 +69,71 @@ def get_offload_block_hash(key: OffloadKey) -> BlockHash:
 def get_offload_group(key: OffloadKey) -> GroupId:
     """The group inside ``key``."""
     return GroupId(int.from_bytes(key[-_GROUP_BYTES:], "big"))
+
+
+@final
+class KeyRun(Sequence[OffloadKey]):
+    """Keys of chunks of one group of one request: they end at every ``step``-th hash, from hash ``first`` on.
+
+    A long prompt has thousands of chunks. A run names them without making their keys: whoever wants keys gets
+    them one by one, compiled code reads ``block_hashes`` instead. ``block_hashes`` may grow, nothing else.
+    """
+
+    __slots__ = ("block_hashes", "group", "hashes")
+
+    def __init__(
+        self, block_hashes: Sequence[BlockHash], group: GroupId, first: int, step: int, count: int
+    ) -> None:
+        self.block_hashes = block_hashes
+        self.group = group
+        self.hashes = range(first, first + step * count, step)
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    @overload
+    def __getitem__(self, index: int) -> OffloadKey: ...
+    @overload
+    def __getitem__(self, index: slice) -> KeyRun: ...
+    def __getitem__(self, index: int | slice) -> OffloadKey | KeyRun:
+        if isinstance(index, slice):
+            part = self.hashes[index]
+            return KeyRun(self.block_hashes, self.group, part.start, part.step, len(part))
+        return make_offload_key(self.block_hashes[self.hashes[index]], self.group)
+
+    def __iter__(self) -> Iterator[OffloadKey]:
+        suffix = self.group.to_bytes(_GROUP_BYTES, "big")
+        block_hashes = self.block_hashes
+        return (OffloadKey(block_hashes[index] + suffix) for index in self.hashes)
+
+
+@final
+class KeyRuns(Sequence[OffloadKey]):
+    """Several runs one after another: the keys of one load or store, group after group."""
+
+    __slots__ = ("_num_keys", "runs")
+
+    def __init__(self, runs: Sequence[KeyRun]) -> None:
+        self.runs = tuple(runs)
+        self._num_keys = sum(map(len, self.runs))
+
+    def __len__(self) -> int:
+        return self._num_keys
+
+    @overload
+    def __getitem__(self, index: int) -> OffloadKey: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[OffloadKey, ...]: ...
+    def __getitem__(self, index: int | slice) -> OffloadKey | tuple[OffloadKey, ...]:
+        if isinstance(index, slice):
+            return tuple(self)[index]
+        place = range(self._num_keys)[index]
+        for run in self.runs:
+            if place < len(run):
+                return run[place]
+            place -= len(run)
+        raise IndexError(index)
+
+    def __iter__(self) -> Iterator[OffloadKey]:
+        for run in self.runs:
+            yield from run

@@ -228,11 +228,16 @@ def page_size_bytes(spec: LayerSpec) -> int:
 @final
 @dataclass(frozen=True, slots=True)
 class KVCacheGroupSpec:
-    """Layers that share one block table and one id space of ``num_blocks`` blocks."""
+    """Layers that share one block table and one id space of ``num_blocks`` blocks.
+
+    ``is_eagle_group`` marks the attention layers of an EAGLE or MTP drafter: what they cached for the last
+    accepted token may still be rewritten while the request decodes.
+    """
 
     layer_names: tuple[str, ...]
     spec: LayerSpec
     num_blocks: int
+    is_eagle_group: bool = False
 
     def __post_init__(self) -> None:
         _require_positive(self, num_blocks=self.num_blocks)
@@ -255,13 +260,26 @@ class KVCacheGroupSpec:
 @final
 @dataclass(frozen=True, slots=True)
 class KVCacheConfig:
-    """All groups of one model, as vLLM's ``KVCacheConfig``, but with a block count per group."""
+    """All groups of one model, as vLLM's ``KVCacheConfig``, but with a block count per group.
+
+    ``tokens_per_hash`` is the length of a link of the hash chain where it should be finer than blocks, so
+    that the last, incomplete block of a prompt can be found again; ``None`` takes the longest that fits.
+    """
 
     groups: tuple[KVCacheGroupSpec, ...]
+    tokens_per_hash: int | None = None
 
     def __post_init__(self) -> None:
         if not self.groups:
             raise ConfigError("a KVCacheConfig needs at least one group")
+        common = math.gcd(*(group.block_size for group in self.groups))
+        if self.tokens_per_hash is not None:
+            _require_positive(self, tokens_per_hash=self.tokens_per_hash)
+            if common % self.tokens_per_hash:
+                raise ConfigError(
+                    f"tokens_per_hash is {self.tokens_per_hash}, which does not divide the {common} tokens "
+                    "that all block sizes are multiples of"
+                )
         names = [name for group in self.groups for name in group.layer_names]
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
@@ -270,6 +288,8 @@ class KVCacheConfig:
     @property
     def hash_block_size(self) -> int:
         """Tokens per link of the hash chain: every group's block size is a multiple of it."""
+        if self.tokens_per_hash is not None:
+            return self.tokens_per_hash
         return math.gcd(*(group.block_size for group in self.groups))
 
     @property

@@ -7,8 +7,8 @@ layouts, and hands the cache pytree on unopened.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, final
 
@@ -31,12 +31,45 @@ class LookupResult(Enum):
     RETRY = auto()
 
 
+_CERTAINTY = (LookupResult.HIT, LookupResult.HIT_PENDING, LookupResult.RETRY)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PrefixLookup:
+    """Answers for neighbouring keys: ``num_found`` of them are no MISS, and ``worst`` is the least certain.
+
+    ``worst`` is HIT where every found key can be read now (and where none was found), else HIT_PENDING, or
+    RETRY where any of them answered that.
+    """
+
+    num_found: int
+    worst: LookupResult = LookupResult.HIT
+
+
+class OffloadPolicy(Enum):
+    """Which chunks of a request are offered to the backend (vLLM: ``OffloadPolicy``).
+
+    ``CHUNK_LEVEL``: those computed here; what was loaded is held already. ``REQUEST_LEVEL``: all of them, for
+    backends that want the whole context of a request.
+    """
+
+    CHUNK_LEVEL = "chunk_level"
+    REQUEST_LEVEL = "request_level"
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class ReqContext:
-    """The request on whose behalf a backend is asked (vLLM: ``ReqContext``)."""
+    """The request on whose behalf a backend is asked (vLLM: ``ReqContext``).
+
+    ``kv_transfer_params`` are the request's own, as the serving loop was given them. ``load_tiers`` are the
+    media its chunks may come from; ``None`` allows all.
+    """
 
     req_id: str
+    kv_transfer_params: Mapping[str, Any] = field(default_factory=dict)
+    load_tiers: frozenset[str] | None = None
 
 
 class LoadStoreSpec(ABC):
@@ -46,11 +79,14 @@ class LoadStoreSpec(ABC):
 @final
 @dataclass(frozen=True, slots=True)
 class PrepareStoreOutput:
-    """Which of the offered keys must be written, where, and what had to go (vLLM: ``PrepareStoreOutput``)."""
+    """Which of the offered keys must be written, where, and what had to go (vLLM: ``PrepareStoreOutput``).
 
-    keys_to_store: tuple[OffloadKey, ...]
+    ``keys_to_store`` stand in the order in which they were offered.
+    """
+
+    keys_to_store: Sequence[OffloadKey]
     store_spec: LoadStoreSpec
-    evicted_keys: tuple[OffloadKey, ...]
+    evicted_keys: Sequence[OffloadKey]
 
 
 @final
@@ -104,6 +140,27 @@ class OffloadingManager(ABC):
     def lookup(self, key: OffloadKey, ctx: ReqContext) -> LookupResult:
         """Whether one chunk can be read."""
 
+    def lookup_prefix(self, keys: Sequence[OffloadKey], ctx: ReqContext) -> PrefixLookup:
+        """How many of ``keys``, from the first on, are found before the first MISS.
+
+        ``keys`` may be a ``KeyRun``. The default asks ``lookup`` key by key.
+        """
+        return self._count_found(keys, ctx)
+
+    def lookup_suffix(self, keys: Sequence[OffloadKey], ctx: ReqContext) -> PrefixLookup:
+        """How many of ``keys``, from the last one back, are found before the first MISS."""
+        return self._count_found(reversed(keys), ctx)
+
+    def _count_found(self, keys: Iterable[OffloadKey], ctx: ReqContext) -> PrefixLookup:
+        num_found, worst = 0, LookupResult.HIT
+        for key in keys:
+            answer = self.lookup(key, ctx)
+            if answer is LookupResult.MISS:
+                break
+            num_found += 1
+            worst = max(worst, answer, key=_CERTAINTY.index)
+        return PrefixLookup(num_found, worst)
+
     @abstractmethod
     def prepare_load(self, keys: Collection[OffloadKey], ctx: ReqContext) -> LoadStoreSpec:
         """Protect loadable chunks from eviction until ``complete_load`` and say where they are.
@@ -135,11 +192,19 @@ class OffloadingManager(ABC):
     def reset_cache(self) -> None:
         """Forget every chunk; slots in flight come back when their job ends."""
 
-    def on_new_request(self, ctx: ReqContext) -> None:
-        """A request was added."""
+    def on_new_request(self, ctx: ReqContext) -> OffloadPolicy:
+        """A request was added. Answers which of its chunks the backend wants to be offered."""
+        return OffloadPolicy.CHUNK_LEVEL
 
     def on_request_finished(self, ctx: ReqContext) -> None:
-        """No more stores or loads will be prepared for this request."""
+        """No more stores or loads will be prepared for this request; those under way may still complete."""
+
+    def on_schedule_end(self) -> None:
+        """A step was planned: every lookup, load and store of it has been asked for."""
+
+    def has_pending_work(self) -> bool:
+        """Whether the loop should go on making (empty) steps for the backend's sake."""
+        return False
 
     def take_events(self) -> Iterable[OffloadingEvent]:
         """Events since the last call."""
