@@ -13,7 +13,11 @@ BlockTables = Sequence[Sequence[BlockId | None]]
 
 
 class Request(Protocol):
-    """A request as the connector sees it (vLLM: ``vllm.v1.request.Request``)."""
+    """A request as the connector sees it (vLLM: ``vllm.v1.request.Request``).
+
+    Further attributes are read where a request has them: ``kv_transfer_params`` and
+    ``skip_reading_prefix_cache``, see ``RequestParams``.
+    """
 
     @property
     def request_id(self) -> str:
