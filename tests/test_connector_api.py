@@ -54,10 +54,28 @@ def test_options_are_read_from_a_dict():
     assert (config.host_bytes, config.offload_prompt_only) == (1024, False)
 
 
-@pytest.mark.parametrize("chunk", [0, -1])
-def test_blocks_per_chunk_below_one_is_refused(chunk):
-    with pytest.raises(ConfigError, match="blocks_per_chunk"):
-        OffloadingConfig(host_bytes=1, blocks_per_chunk=chunk)
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("blocks_per_chunk", 0),
+        ("blocks_per_chunk", -1),
+        ("blocks_per_chunk", 1.5),
+        ("num_workers", 0),
+        ("num_workers", True),
+        ("store_threshold", -1),
+        ("store_threshold", "2"),
+        ("retention_interval", -1),
+        ("retention_interval", 0.5),
+    ],
+)
+def test_an_option_out_of_range_is_refused_by_name_and_value(option, value):
+    with pytest.raises(ConfigError, match=f"{option} must be .*{value!r}"):
+        OffloadingConfig.from_dict({"host_bytes": 1, option: value})
+
+
+def test_events_cannot_describe_themselves_where_there_are_none():
+    with pytest.raises(ConfigError, match="enable_events"):
+        OffloadingConfig(host_bytes=1, self_describing_events=True)
 
 
 @pytest.mark.parametrize("name", ["disk", "no_such_module.Spec", "builtins.dict"])

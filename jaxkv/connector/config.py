@@ -17,31 +17,46 @@ class OffloadingConfig:
 
     ``host_bytes``: size of the host pool, an int or ``"64MiB"``.
     ``blocks_per_chunk``: blocks that are stored, found and evicted together.
-    ``eviction_policy``: ``"lru"`` or the dotted path of a ``CachePolicy``.
+    ``eviction_policy``: ``"lru"``, ``"arc"`` or the dotted path of a ``CachePolicy``.
+    ``store_threshold``: how often a chunk must have been asked for before it is stored; 0 and 1 store at once.
     ``offload_prompt_only``: store only chunks that lie inside the prompt.
+    ``retention_interval``: which boundaries keep their recurrent state and their tail of a window. ``None``:
+    all of them. 0: the ends of prompts and requests, and where prompts branch. n: also every n tokens.
+    ``num_workers``: how many worker sides report each transfer before it counts as done.
     ``backend``: ``"host"`` or the dotted path of an ``OffloadingSpec``.
     ``transfer_backend``: how pages are copied, see ``BlockTransfer``.
     ``portable_pages``: keep pages as if no device shared them, so that other meshes can restore them.
     ``data_shard``: which part of block axes split over a mesh this connector serves; one connector for each.
     ``enable_events``: collect events for ``take_events``.
+    ``self_describing_events``: events of stored chunks carry parent, tokens and extra keys as well, which the
+    connector remembers for every chunk the backend holds.
     ``backend_options``: handed to the backend as they are.
     """
 
     host_bytes: int | str
     blocks_per_chunk: int = 1
     eviction_policy: str = "lru"
+    store_threshold: int = 0
     offload_prompt_only: bool = True
+    retention_interval: int | None = None
+    num_workers: int = 1
     backend: str = "host"
     transfer_backend: str = "auto"
     portable_pages: bool = False
     data_shard: int = 0
     enable_events: bool = False
+    self_describing_events: bool = False
     backend_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "host_bytes", parse_bytes(self.host_bytes))
-        if self.blocks_per_chunk < 1:
-            raise ConfigError(f"blocks_per_chunk must be at least 1, got {self.blocks_per_chunk}")
+        _require_at_least(1, "blocks_per_chunk", self.blocks_per_chunk)
+        _require_at_least(1, "num_workers", self.num_workers)
+        _require_at_least(0, "store_threshold", self.store_threshold)
+        if self.retention_interval is not None:
+            _require_at_least(0, "retention_interval", self.retention_interval)
+        if self.self_describing_events and not self.enable_events:
+            raise ConfigError("self_describing_events describes nothing without events; set enable_events too")
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> OffloadingConfig:
@@ -53,3 +68,8 @@ class OffloadingConfig:
         if "host_bytes" not in options:
             raise ConfigError("the connector needs host_bytes, the size of its host pool, such as '1GiB'")
         return cls(**options)
+
+
+def _require_at_least(least: int, name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")

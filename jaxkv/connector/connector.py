@@ -238,6 +238,7 @@ def _make_spec(config: OffloadingConfig, kv_cache_config: KVCacheConfig, hints: 
         host_bytes=parse_bytes(config.host_bytes),
         blocks_per_chunk=config.blocks_per_chunk,
         eviction_policy=config.eviction_policy,
+        store_threshold=config.store_threshold,
         transfer_backend=config.transfer_backend,
         portable_pages=config.portable_pages,
         data_shard=config.data_shard,

@@ -16,7 +16,8 @@ class BackendOptions:
     """What every backend is made from.
 
     ``hints`` and ``portable_pages`` are for ``canonicalize``, ``transfer_backend`` and ``data_shard`` for
-    ``BlockTransfer``; ``extra`` is the backend's own business.
+    ``BlockTransfer``; ``store_threshold`` is how often a chunk must have been asked for before it is stored;
+    ``extra`` is the backend's own business.
     """
 
     kv_cache_config: KVCacheConfig
@@ -24,6 +25,7 @@ class BackendOptions:
     hints: Hints = field(default_factory=dict)
     blocks_per_chunk: int = 1
     eviction_policy: str = "lru"
+    store_threshold: int = 0
     transfer_backend: str = "auto"
     portable_pages: bool = False
     data_shard: int = 0
