@@ -13,6 +13,8 @@
 
 #include "handlers.h"
 #include "pool.h"
+#include "slots.h"
+#include "slots_module.h"
 
 namespace nb = nanobind;
 
@@ -124,11 +126,13 @@ void TranslateErrors(const std::exception_ptr& pointer, void*) {
     RaisePythonError("PoolForkedError", error);
   } catch (const AllocationError& error) {
     RaisePythonError("ConfigError", error);
+  } catch (const SizeError& error) {
+    RaisePythonError("ConfigError", error);
   }
 }
 
 NB_MODULE(_native, module) {
-  module.doc() = "Host memory arenas and the FFI targets that move pages.";
+  module.doc() = "Host memory arenas, the slots they are divided into, and the FFI targets that move pages.";
   nb::register_exception_translator(TranslateErrors);
   nb::class_<ArenaHandle>(module, "Arena")
       .def(nb::init<int64_t>(), nb::arg("num_bytes"))
@@ -143,6 +147,7 @@ NB_MODULE(_native, module) {
       .def_prop_ro("num_bytes", &ArenaHandle::num_bytes)
       .def_prop_ro("huge_pages", &ArenaHandle::huge_pages)
       .def_prop_ro("shared_fd", &ArenaHandle::shared_fd);
+  RegisterSlots(module);
   module.def("ffi_targets", &FfiTargets);
 }
 

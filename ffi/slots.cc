@@ -1,0 +1,267 @@
+#include "slots.h"
+
+#include <atomic>
+#include <limits>
+#include <string>
+#include <utility>
+
+namespace jaxkv {
+namespace {
+
+constexpr int64_t kPageBytes = 4 << 10;
+constexpr int64_t kUnitBytes = 512;
+constexpr int64_t kMostBytes = std::numeric_limits<int64_t>::max() - kPageBytes;
+
+std::atomic<int64_t> next_epoch{1};
+
+// How many slabs there are. Throws SizeError if there are none, or more than are numbered.
+int64_t CountSlabs(int64_t capacity_bytes, int64_t slab_bytes) {
+  const std::string text = "slabs of " + std::to_string(slab_bytes) + " bytes do not fit " +
+                           std::to_string(capacity_bytes) + " bytes";
+  if (slab_bytes < 1 || slab_bytes > capacity_bytes) throw SizeError(text);
+  const int64_t num_slabs = capacity_bytes / slab_bytes;
+  constexpr int64_t kMost = std::numeric_limits<uint32_t>::max();
+  if (num_slabs >= kMost || slab_bytes / kUnitBytes >= kMost) throw SizeError(text + ": too many to number");
+  return num_slabs;
+}
+
+}  // namespace
+
+int64_t SlotStride(int64_t slot_bytes) {
+  if (slot_bytes < 1 || slot_bytes > kMostBytes) {
+    throw SizeError("a slot needs a whole number of bytes, at least 1, got " + std::to_string(slot_bytes));
+  }
+  const int64_t unit = slot_bytes >= kPageBytes ? kPageBytes : kUnitBytes;
+  return (slot_bytes + unit - 1) / unit * unit;
+}
+
+SlotPool::SlotPool(int64_t capacity_bytes, int64_t slab_bytes)
+    : capacity_bytes_(capacity_bytes),
+      slab_bytes_(slab_bytes),
+      num_slabs_(CountSlabs(capacity_bytes, slab_bytes)) {}
+
+bool SlotPool::Cut(int64_t slab_bytes) {
+  const int64_t num_slabs = CountSlabs(capacity_bytes_, slab_bytes);
+  const std::lock_guard lock(mutex_);
+  if (used_bytes_ != 0) return false;
+  slab_bytes_ = slab_bytes;
+  num_slabs_ = num_slabs;
+  slabs_ = std::vector<Slab>();
+  idle_ = std::vector<uint32_t>();
+  with_room_.clear();
+  return true;
+}
+
+std::optional<SlotRef> SlotPool::Reserve(int64_t slot_bytes) {
+  SlotRef slot;
+  if (!Reserve(slot_bytes, 1, &slot)) return std::nullopt;
+  return slot;
+}
+
+bool SlotPool::Reserve(int64_t slot_bytes, size_t n, SlotRef* slots) {
+  const int64_t stride = SlotStride(slot_bytes);
+  const std::lock_guard lock(mutex_);
+  if (n > static_cast<uint64_t>(CountFree(stride))) return false;
+  int64_t epoch = next_epoch.fetch_add(static_cast<int64_t>(n), std::memory_order_relaxed);
+  for (size_t i = 0; i < n; ++i) slots[i] = Take(stride, slot_bytes, epoch++);
+  return true;
+}
+
+bool SlotPool::Free(SlotRef slot) { return Free(&slot, 1); }
+
+bool SlotPool::Free(const SlotRef* slots, size_t n) {
+  const std::lock_guard lock(mutex_);
+  if (!EndUse(slots, n)) return false;
+  for (size_t i = 0; i < n; ++i) {
+    const Place place = *Find(slots[i]);
+    if (At(place).pins == 0) Release(place);
+  }
+  return true;
+}
+
+bool SlotPool::IsLive(SlotRef slot) const {
+  const std::lock_guard lock(mutex_);
+  return IsLiveAt(Find(slot));
+}
+
+std::optional<size_t> SlotPool::FirstNotLive(const SlotRef* slots, const int64_t* num_bytes, size_t n) const {
+  const std::lock_guard lock(mutex_);
+  for (size_t i = 0; i < n; ++i) {
+    const std::optional<Place> place = Find(slots[i]);
+    if (!IsLiveAt(place) || slabs_[place->slab].stride - At(*place).padding != num_bytes[i]) return i;
+  }
+  return std::nullopt;
+}
+
+bool SlotPool::Pin(const SlotRef* slots, size_t n) {
+  const std::lock_guard lock(mutex_);
+  for (size_t i = 0; i < n; ++i) {
+    if (!IsLiveAt(Find(slots[i]))) return false;
+  }
+  for (size_t i = 0; i < n; ++i) ++At(*Find(slots[i])).pins;
+  return true;
+}
+
+void SlotPool::Unpin(const SlotRef* slots, size_t n) {
+  const std::lock_guard lock(mutex_);
+  for (size_t i = 0; i < n; ++i) {
+    const std::optional<Place> place = Find(slots[i]);
+    if (!place || At(*place).pins == 0) {
+      throw std::logic_error("the slot at " + std::to_string(slots[i].offset) + " is not pinned");
+    }
+    Slot& slot = At(*place);
+    if (--slot.pins == 0 && slot.state == State::kFreedWhilePinned) Release(*place);
+  }
+}
+
+int64_t SlotPool::slab_bytes() const {
+  const std::lock_guard lock(mutex_);
+  return slab_bytes_;
+}
+
+int64_t SlotPool::num_slabs() const {
+  const std::lock_guard lock(mutex_);
+  return num_slabs_;
+}
+
+int64_t SlotPool::used_bytes() const {
+  const std::lock_guard lock(mutex_);
+  return used_bytes_;
+}
+
+int64_t SlotPool::num_live() const {
+  const std::lock_guard lock(mutex_);
+  return num_live_;
+}
+
+int64_t SlotPool::SlotsPerSlab(int64_t slot_bytes) const {
+  const int64_t stride = SlotStride(slot_bytes);
+  const std::lock_guard lock(mutex_);
+  return slab_bytes_ / stride;
+}
+
+int64_t SlotPool::NumFree(int64_t slot_bytes) const {
+  const int64_t stride = SlotStride(slot_bytes);
+  const std::lock_guard lock(mutex_);
+  return CountFree(stride);
+}
+
+int64_t SlotPool::SlabOf(int64_t offset) const {
+  const std::lock_guard lock(mutex_);
+  return offset / slab_bytes_;
+}
+
+std::optional<SlotPool::Place> SlotPool::Find(SlotRef slot) const {
+  if (slot.offset < 0) return std::nullopt;
+  const auto index = static_cast<uint64_t>(slot.offset / slab_bytes_);
+  if (index >= slabs_.size()) return std::nullopt;
+  const Slab& slab = slabs_[index];
+  if (slab.stride == 0) return std::nullopt;
+  const int64_t within = slot.offset - static_cast<int64_t>(index) * slab_bytes_;
+  const auto number = static_cast<uint64_t>(within / slab.stride);
+  if (number >= slab.num_touched || static_cast<int64_t>(number) * slab.stride != within) return std::nullopt;
+  const Slot& found = slab.slots[number];
+  if (found.state == State::kFree || found.epoch != slot.epoch) return std::nullopt;
+  return Place{static_cast<uint32_t>(index), static_cast<uint32_t>(number)};
+}
+
+int64_t SlotPool::CountFree(int64_t stride) const {
+  const auto found = with_room_.find(stride);
+  const int64_t in_open_slabs = found == with_room_.end() ? 0 : found->second.num_free;
+  const int64_t num_unopened = num_slabs_ - static_cast<int64_t>(slabs_.size());
+  return in_open_slabs + (static_cast<int64_t>(idle_.size()) + num_unopened) * (slab_bytes_ / stride);
+}
+
+SlotRef SlotPool::Take(int64_t stride, int64_t slot_bytes, int64_t epoch) {
+  SlabsWithRoom& with_room = with_room_[stride];
+  if (with_room.first == kNone) OpenSlab(stride);
+  const uint32_t index = with_room.first;
+  Slab& slab = slabs_[index];
+  uint32_t number;
+  if (slab.first_free != kNone) {
+    number = slab.first_free;
+    slab.first_free = slab.slots[number].next_free;
+  } else {
+    number = slab.num_touched++;
+  }
+  Slot& slot = slab.slots[number];
+  slot.epoch = epoch;
+  slot.pins = 0;
+  slot.padding = static_cast<uint16_t>(stride - slot_bytes);
+  slot.state = State::kLive;
+  ++slab.num_used;
+  --with_room.num_free;
+  used_bytes_ += stride;
+  ++num_live_;
+  if (slab.num_used == CapacityOf(slab)) Unlink(index);
+  return {static_cast<int64_t>(index) * slab_bytes_ + static_cast<int64_t>(number) * stride, epoch};
+}
+
+void SlotPool::Release(Place place) {
+  Slab& slab = slabs_[place.slab];
+  SlabsWithRoom& with_room = with_room_[slab.stride];
+  const uint32_t capacity = CapacityOf(slab);
+  if (slab.num_used == capacity) Append(place.slab);
+  Slot& slot = slab.slots[place.slot];
+  slot.state = State::kFree;
+  slot.next_free = slab.first_free;
+  slab.first_free = place.slot;
+  --slab.num_used;
+  ++with_room.num_free;
+  used_bytes_ -= slab.stride;
+  if (slab.num_used == 0) {
+    with_room.num_free -= capacity;
+    Unlink(place.slab);
+    slab = Slab{};
+    idle_.push_back(place.slab);
+  }
+}
+
+bool SlotPool::EndUse(const SlotRef* slots, size_t n) {
+  for (size_t i = 0; i < n; ++i) {
+    const std::optional<Place> place = Find(slots[i]);
+    if (!IsLiveAt(place)) {
+      for (size_t j = 0; j < i; ++j) At(*Find(slots[j])).state = State::kLive;
+      return false;
+    }
+    At(*place).state = State::kFreedWhilePinned;
+  }
+  num_live_ -= static_cast<int64_t>(n);
+  return true;
+}
+
+void SlotPool::OpenSlab(int64_t stride) {
+  Slab slab;
+  slab.stride = stride;
+  slab.slots.reset(new Slot[CapacityOf(slab)]);  // Read only once it was written.
+  const uint32_t capacity = CapacityOf(slab);
+  uint32_t index;
+  if (idle_.empty()) {
+    index = static_cast<uint32_t>(slabs_.size());
+    slabs_.push_back(std::move(slab));
+  } else {
+    index = idle_.back();
+    idle_.pop_back();
+    slabs_[index] = std::move(slab);
+  }
+  with_room_[stride].num_free += capacity;
+  Append(index);
+}
+
+void SlotPool::Append(uint32_t index) {
+  Slab& slab = slabs_[index];
+  SlabsWithRoom& with_room = with_room_[slab.stride];
+  slab.before = with_room.last;
+  slab.after = kNone;
+  (with_room.last == kNone ? with_room.first : slabs_[with_room.last].after) = index;
+  with_room.last = index;
+}
+
+void SlotPool::Unlink(uint32_t index) {
+  const Slab& slab = slabs_[index];
+  SlabsWithRoom& with_room = with_room_[slab.stride];
+  (slab.before == kNone ? with_room.first : slabs_[slab.before].after) = slab.after;
+  (slab.after == kNone ? with_room.last : slabs_[slab.after].before) = slab.before;
+}
+
+}  // namespace jaxkv
