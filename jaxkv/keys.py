@@ -7,7 +7,9 @@ whatever else changes the cached bytes. Index types live here too, one per index
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from operator import itemgetter
 from typing import NewType, final, overload
 
 import numpy as np
@@ -137,3 +139,13 @@ class KeyRuns(Sequence[OffloadKey]):
     def __iter__(self) -> Iterator[OffloadKey]:
         for run in self.runs:
             yield from run
+
+
+def count_by_group(keys: Collection[OffloadKey]) -> Iterable[tuple[GroupId, int]]:
+    """How many of ``keys`` are of which group; a group may come several times."""
+    if isinstance(keys, KeyRun):
+        return ((keys.group, len(keys)),)
+    if isinstance(keys, KeyRuns):
+        return [(run.group, len(run)) for run in keys.runs]
+    suffixes = Counter(map(itemgetter(slice(-_GROUP_BYTES, None)), keys))
+    return [(GroupId(int.from_bytes(suffix, "big")), count) for suffix, count in suffixes.items()]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, final
+from typing import Any, assert_never, final
 
 import jax.numpy as jnp
 import numpy as np
@@ -223,6 +223,23 @@ def page_size_bytes(spec: LayerSpec) -> int:
                 _whole_bytes(math.prod(shape), dtype)
                 for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True)
             )
+
+
+def kind_name(spec: LayerSpec) -> str:
+    """The kind of a layer as vLLM names it in metrics and events, such as ``"sliding_window"``."""
+    match spec:
+        case FullAttentionSpec():
+            return "full_attention"
+        case SlidingWindowSpec():
+            return "sliding_window"
+        case ChunkedLocalAttentionSpec():
+            return "chunked_local_attention"
+        case MLAAttentionSpec():
+            return "mla_attention"
+        case MambaSpec():
+            return "mamba"
+        case _:
+            assert_never(spec)
 
 
 @final

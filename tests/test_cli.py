@@ -14,15 +14,21 @@ from jaxkv.cli.demo_run import _verdict
 from jaxkv.cli.main import main
 from jaxkv.cli.report import Comparison, print_report, save_plot
 from jaxkv.cli.workload import Turn, longest_request, make_conversations, num_turns
-from jaxkv.connector import ConnectorStats, GroupStats
+from jaxkv.connector import ConnectorStats, GroupStats, HistogramStats
 from jaxkv.serving import RequestMetrics
 
+NOTHING = HistogramStats((), (0,), 0.0)
 STATS = ConnectorStats(
-    groups=(GroupStats(stored_bytes=3 << 20, loaded_bytes=2 << 20, evicted_chunks=4),),
+    groups=(GroupStats("full_attention", stored_bytes=3 << 20, loaded_bytes=2 << 20, evicted_chunks=4),),
     store_seconds=0.001,
     load_seconds=0.001,
     hit_tokens=96,
+    queried_tokens=96,
     deferred={},
+    store_sizes=NOTHING,
+    load_sizes=NOTHING,
+    lookup_seconds=NOTHING,
+    wait_seconds=NOTHING,
     backend=None,
 )
 
@@ -64,7 +70,7 @@ def test_verdict_fails_when_tokens_differ(comparison):
 
 
 def test_verdict_fails_when_nothing_was_loaded(comparison):
-    nothing = replace(STATS, groups=(GroupStats(),))
+    nothing = replace(STATS, groups=(GroupStats("full_attention"),))
     status, text = printed(replace(comparison, on=comparison.off, transfers=nothing))
     assert status == 1
     assert "nothing was loaded" in text

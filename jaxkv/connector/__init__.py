@@ -11,6 +11,7 @@ from jaxkv.connector.base import (
 from jaxkv.connector.config import OffloadingConfig
 from jaxkv.connector.connector import OffloadingConnector
 from jaxkv.connector.events import KVCacheEvent
+from jaxkv.connector.histogram import HistogramStats
 from jaxkv.connector.metrics import ConnectorStats, GroupStats
 from jaxkv.connector.protocols import BlockTables, Request, SchedulerOutput
 from jaxkv.connector.sizes import parse_bytes
@@ -19,6 +20,7 @@ __all__ = [
     "BlockTables",
     "ConnectorStats",
     "GroupStats",
+    "HistogramStats",
     "KVCacheEvent",
     "KVCaches",
     "KVConnectorBase",

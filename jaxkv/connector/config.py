@@ -18,7 +18,7 @@ class OffloadingConfig:
     ``host_bytes``: size of the host pool, an int or ``"64MiB"``.
     ``blocks_per_chunk``: blocks that are stored, found and evicted together.
     ``eviction_policy``: ``"lru"``, ``"arc"`` or the dotted path of a ``CachePolicy``.
-    ``store_threshold``: how often a chunk must have been asked for before it is stored; 0 and 1 store at once.
+    ``store_threshold``: how often a chunk must be asked for before it is stored; 0 and 1 store at once.
     ``offload_prompt_only``: store only chunks that lie inside the prompt.
     ``retention_interval``: which boundaries keep their recurrent state and their tail of a window. ``None``:
     all of them. 0: the ends of prompts and requests, and where prompts branch. n: also every n tokens.
@@ -56,7 +56,7 @@ class OffloadingConfig:
         if self.retention_interval is not None:
             _require_at_least(0, "retention_interval", self.retention_interval)
         if self.self_describing_events and not self.enable_events:
-            raise ConfigError("self_describing_events describes nothing without events; set enable_events too")
+            raise ConfigError("self_describing_events needs enable_events; set both")
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> OffloadingConfig:

@@ -129,7 +129,7 @@ class OffloadingScheduler:
         transfer = self._jobs.start(
             JobKind.LOAD, state.ctx, promise.hit.keys, device_blocks(targets), promise.spec
         )
-        self._metrics.hit(promise.hit)
+        self._metrics.hit(promised, promise.hit.keys)
         self._unsent_loads[transfer.job_id] = transfer
         self._loading_keys.update(promise.hit.keys)
         state.load, state.promise = transfer.job_id, None
