@@ -146,6 +146,22 @@ int64_t SlotPool::NumFree(int64_t slot_bytes) const {
   return CountFree(stride);
 }
 
+std::vector<LiveSlot> SlotPool::ListLive() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<LiveSlot> live;
+  live.reserve(static_cast<size_t>(num_live_));
+  for (size_t index = 0; index < slabs_.size(); ++index) {
+    const Slab& slab = slabs_[index];
+    for (uint32_t number = 0; number < slab.num_touched; ++number) {
+      const Slot& slot = slab.slots[number];
+      if (slot.state != State::kLive) continue;
+      const int64_t offset = static_cast<int64_t>(index) * slab_bytes_ + number * slab.stride;
+      live.push_back({{offset, slot.epoch}, slab.stride - slot.padding});
+    }
+  }
+  return live;
+}
+
 int64_t SlotPool::SlabOf(int64_t offset) const {
   const std::lock_guard lock(mutex_);
   return offset / slab_bytes_;

@@ -28,6 +28,12 @@ struct SlotRef {
 inline bool operator==(SlotRef a, SlotRef b) { return a.offset == b.offset && a.epoch == b.epoch; }
 inline bool operator!=(SlotRef a, SlotRef b) { return !(a == b); }
 
+// A slot in use and the bytes that were asked for.
+struct LiveSlot {
+  SlotRef slot;
+  int64_t num_bytes;
+};
+
 // Bytes that a slot of `slot_bytes` takes: whole pages of 4 KiB if it fills one, else units of 512 bytes.
 // Throws SizeError for less than one byte, or more than any pool.
 int64_t SlotStride(int64_t slot_bytes);
@@ -79,6 +85,8 @@ class SlotPool {
   int64_t SlotsPerSlab(int64_t slot_bytes) const;
   // Slots of this size that could be reserved now.
   int64_t NumFree(int64_t slot_bytes) const;
+  // The slots reserved and not freed, by offset.
+  std::vector<LiveSlot> ListLive() const;
   // The slab an offset lies in.
   int64_t SlabOf(int64_t offset) const;
 

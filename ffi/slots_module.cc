@@ -8,9 +8,11 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/tuple.h>
 
 #include <memory>
 #include <optional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -75,6 +77,18 @@ void Unpin(SlotPool& pool, const Numbers& offsets, const Numbers& epochs) {
   pool.Unpin(slots.data(), slots.size());
 }
 
+std::tuple<NewNumbers, NewNumbers, NewNumbers> ListLive(const SlotPool& pool) {
+  std::vector<int64_t> offsets;
+  std::vector<int64_t> epochs;
+  std::vector<int64_t> num_bytes;
+  for (const LiveSlot& live : pool.ListLive()) {
+    offsets.push_back(live.slot.offset);
+    epochs.push_back(live.slot.epoch);
+    num_bytes.push_back(live.num_bytes);
+  }
+  return {ToNumpy(std::move(offsets)), ToNumpy(std::move(epochs)), ToNumpy(std::move(num_bytes))};
+}
+
 std::optional<size_t> FirstNotLive(const SlotPool& pool, const Numbers& offsets, const Numbers& epochs,
                                    const Numbers& num_bytes) {
   const std::vector<SlotRef> slots = ToSlots(offsets, epochs);
@@ -97,6 +111,7 @@ void RegisterSlots(nb::module_& module) {
       .def("pin", &Pin, nb::arg("offsets"), nb::arg("epochs"))
       .def("unpin", &Unpin, nb::arg("offsets"), nb::arg("epochs"))
       .def("first_not_live", &FirstNotLive, nb::arg("offsets"), nb::arg("epochs"), nb::arg("num_bytes"))
+      .def("list_live", &ListLive)
       .def("slots_per_slab", &SlotPool::SlotsPerSlab, nb::arg("slot_bytes"))
       .def("num_free", &SlotPool::NumFree, nb::arg("slot_bytes"))
       .def("slab_of", &SlotPool::SlabOf, nb::arg("offset"))

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 import os
 import secrets
 import threading
 import weakref
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Self, final
 
@@ -30,16 +27,17 @@ from jaxkv.errors import (
 )
 from jaxkv.memory_limit import available_memory_bytes
 from jaxkv.pool_handle import PoolHandle
-from jaxkv.slabs import SLOT_UNIT_BYTES, SlabAllocator, choose_slab_bytes
+from jaxkv.slabs import PAGE_BYTES, SLOT_UNIT_BYTES, choose_slab_bytes, slot_stride
+from jaxkv.slots import Int64s, Slot, Slots, slot_columns
 
 if TYPE_CHECKING:
-    from jaxkv._native import Arena
+    from jaxkv._native import Arena, SlotPool
+
+__all__ = ["ADDRESS_UNIT_BYTES", "MAX_CAPACITY_BYTES", "HostPool", "Slot", "Slots", "load_native"]
 
 ADDRESS_UNIT_BYTES = SLOT_UNIT_BYTES
 """Addresses inside a pool count units of this many bytes, so that 32 bits reach 1 TiB."""
 MAX_CAPACITY_BYTES = ADDRESS_UNIT_BYTES * 2**31
-
-_epochs = itertools.count(1)
 
 
 def load_native() -> ModuleType:
@@ -54,21 +52,8 @@ def load_native() -> ModuleType:
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """A reserved range of a pool. Its ``epoch`` is unique in the process, so a freed slot is found out.
-
-    Slots pickle; on the way to other processes and back they stay the same slots.
-    """
-
-    offset: int
-    num_bytes: int
-    epoch: int
-
-
-@final
 class HostPool:
-    """``capacity_bytes`` of host memory, rounded up to whole 4 KiB pages and to nothing else.
+    """``capacity_bytes`` of host memory: as many whole 4 KiB pages as fit, and one if not even that does.
 
     All of it is resident once the pool exists, on huge pages where the system has them. Use it as a context
     manager; leaving it with slots in use closes it and raises ``PoolInUseError``. All methods may be
@@ -85,22 +70,19 @@ class HostPool:
 
     def __init__(self, capacity_bytes: int, *, shared: bool = False) -> None:
         _require_capacity(capacity_bytes)
+        native = load_native()
+        arena_bytes = max(capacity_bytes // PAGE_BYTES, 1) * PAGE_BYTES
         self._handle: PoolHandle | None = None
         self._arena: Arena
         if shared:
-            self._arena, self._handle = _make_shared(capacity_bytes)
+            self._arena, self._handle = _make_shared(arena_bytes)
         else:
-            self._arena = load_native().Arena(capacity_bytes)
+            self._arena = native.Arena(arena_bytes)
         self._creator = os.getpid()
         self._lock = threading.Lock()
         self._closed = False
         self._slot_sizes: frozenset[int] = frozenset()
-        self._slabs = SlabAllocator(self.capacity_bytes, self.capacity_bytes)
-        self._live: dict[int, Slot] = {}
-        self._pins: dict[int, int] = {}
-        self._freed_while_pinned: set[int] = set()
-        # Views end in the garbage collector, which may run inside any of our own methods.
-        self._ended_views: deque[Slot] = deque()
+        self._slots: SlotPool = native.SlotPool(arena_bytes, arena_bytes)
 
     # -- life ---------------------------------------------------------------------------------------------
 
@@ -148,9 +130,8 @@ class HostPool:
     def _close_quietly(self) -> int:
         self._require_own_process()
         with self._lock:
-            in_use = 0 if self._closed else len(self._live)
+            in_use = 0 if self._closed else self._slots.num_live
             self._closed = True
-            self._live.clear()
         self._arena.close()
         return in_use
 
@@ -165,7 +146,7 @@ class HostPool:
     def used_bytes(self) -> int:
         """Bytes of slots in use, alignment included."""
         with self._usable():
-            return self._slabs.used_bytes
+            return self._slots.used_bytes
 
     @property
     def free_bytes(self) -> int:
@@ -181,7 +162,7 @@ class HostPool:
     def num_slabs(self) -> int:
         """Equal parts the arena is cut into; settled once slots are in use."""
         with self._usable():
-            return self._slabs.num_slabs
+            return self._slots.num_slabs
 
     # -- slots --------------------------------------------------------------------------------------------
 
@@ -198,7 +179,7 @@ class HostPool:
         """Slots of ``slot_bytes`` the pool holds when nothing else is in it."""
         with self._usable():
             self._fit(frozenset((slot_bytes,)))
-            return self._slabs.max_slots(slot_bytes)
+            return self._slots.num_slabs * self._slots.slots_per_slab(int(slot_bytes))
 
     def try_reserve(self, slot_bytes: int) -> Slot | None:
         """A slot of ``slot_bytes``, or ``None`` while there is none.
@@ -207,56 +188,56 @@ class HostPool:
         """
         with self._usable():
             self._fit(frozenset((slot_bytes,)))
-            return self._allocate(slot_bytes)
+            reserved = self._slots.reserve(int(slot_bytes))
+        return None if reserved is None else Slot(reserved[0], int(slot_bytes), reserved[1])
 
-    def reserve_slots(self, slot_bytes: int, num_slots: int) -> list[Slot]:
+    def reserve_slots(self, slot_bytes: int, num_slots: int) -> Slots:
         """``num_slots`` slots of ``slot_bytes``. Raises ``PoolFull``, and then keeps nothing."""
         if not isinstance(num_slots, int | np.integer) or num_slots < 0:
             raise ConfigError(f"cannot reserve {num_slots!r} slots; ask for a whole number, 0 or more")
         with self._usable():
             self._fit(frozenset((slot_bytes,)))
-            num_free = self._slabs.num_free(slot_bytes)
-            if num_free < num_slots:
-                raise PoolFull(
-                    f"the host pool has {num_free} free slots of {slot_bytes} bytes, {num_slots} were asked "
-                    f"for; free slots or give the pool more than {self.capacity_bytes} bytes"
-                )
-            return [slot for _ in range(num_slots) if (slot := self._allocate(slot_bytes)) is not None]
+            num_free = self._slots.num_free(int(slot_bytes))
+            enough = num_slots <= num_free
+            reserved = self._slots.reserve_many(int(slot_bytes), int(num_slots)) if enough else None
+        if reserved is None:
+            raise PoolFull(
+                f"the host pool has {num_free} free slots of {slot_bytes} bytes, {num_slots} were asked "
+                f"for; free slots or give the pool more than {self.capacity_bytes} bytes"
+            )
+        return Slots(*reserved, int(slot_bytes))
 
     def free(self, slot: Slot) -> None:
         """Give a slot back. Its bytes stay untouched while a view or a transfer still uses them."""
         self.free_slots((slot,))
 
-    def free_slots(self, slots: Iterable[Slot]) -> None:
+    def free_slots(self, slots: Sequence[Slot]) -> None:
         """As ``free`` for several slots. If one is not in use, or named twice, none is given back."""
-        slots = tuple(slots)
         with self._usable():
-            for slot in slots:
-                self._require_live(slot)
-            if len({slot.offset for slot in slots}) != len(slots):
+            offsets, epochs = self._require_live(slots)
+            if not self._slots.free(offsets, epochs):
+                self._require_live(slots)
                 raise SlotError("a slot is named twice among those to be freed; free each slot once")
-            for slot in slots:
-                self._free(slot)
 
     def slab_of(self, slot: Slot) -> int:
         """The slab of a slot. Other slot sizes get its bytes once all slots of the slab are free."""
         with self._usable():
-            self._require_live(slot)
-            return self._slabs.slab_of(slot.offset)
+            self._require_live((slot,))
+            return self._slots.slab_of(slot.offset)
 
     def address(self, slot: Slot) -> int:
         """Where a slot starts, in units of 512 bytes."""
         with self._usable():
-            self._require_live(slot)
+            self._require_live((slot,))
             return slot.offset // ADDRESS_UNIT_BYTES
 
     def view(self, slot: Slot) -> memoryview:
         """The bytes of a slot, writable. They stay this slot's while the view lives, even if it is freed."""
         with self._usable():
-            self._require_live(slot)
+            self._require_live((slot,))
             array = self._arena.view(slot.offset, slot.num_bytes)
-            self._pin(slot)
-            end = weakref.finalize(array, self._ended_views.append, slot)
+            offsets, epochs = self._pin((slot,))
+            end = weakref.finalize(array, _unpin, self._slots, self._creator, offsets, epochs)
             end.atexit = False
             return array.data
 
@@ -266,6 +247,11 @@ class HostPool:
     def pool_id(self) -> int:
         """The number compiled programs know this pool by; used again by another pool after this one."""
         return self._arena.pool_id
+
+    @property
+    def slot_pool(self) -> SlotPool:
+        """Which slots are in use, for compiled code that reserves and frees by itself."""
+        return self._slots
 
     def token(self) -> npt.NDArray[np.int32]:
         """A first token for pool ops, shape ``(1,)``. It names the pool's generation: an op that is given the
@@ -277,24 +263,19 @@ class HostPool:
         with self._usable():
             return self._arena.view(0, self._arena.num_bytes)
 
-    def pin(self, slots: Iterable[Slot]) -> list[int]:
+    def pin(self, slots: Sequence[Slot]) -> Int64s:
         """Keep the bytes of ``slots`` theirs until ``unpin``, and return their addresses (512-byte units).
 
         Raises ``SlotError`` and pins nothing if one of them is not a slot in use.
         """
-        slots = list(slots)
         with self._usable():
-            for slot in slots:
-                self._require_live(slot)
-            for slot in slots:
-                self._pin(slot)
-        return [slot.offset // ADDRESS_UNIT_BYTES for slot in slots]
+            offsets, _ = self._pin(slots)
+        return offsets // ADDRESS_UNIT_BYTES
 
-    def unpin(self, slots: Iterable[Slot]) -> None:
+    def unpin(self, slots: Sequence[Slot]) -> None:
         """End what ``pin`` began. Allowed on a closed pool."""
-        with self._lock:
-            for slot in slots:
-                self._unpin(slot)
+        offsets, epochs, _ = slot_columns(slots)
+        _unpin(self._slots, self._creator, offsets, epochs)
 
     # -- inside the lock ----------------------------------------------------------------------------------
 
@@ -305,7 +286,6 @@ class HostPool:
         with self._lock:
             if self._closed:
                 raise PoolClosedError("the host pool was closed; open a new one")
-            self._end_views()
             yield
 
     def _require_own_process(self) -> None:
@@ -315,54 +295,46 @@ class HostPool:
                 "open a pool of your own after fork, or attach to this one if it is shared"
             )
 
-    def _require_live(self, slot: Slot) -> None:
-        if self._live.get(slot.offset) != slot:
-            raise SlotError(f"{slot} is not in use in this pool: it was freed, or is a slot of another pool")
-
     def _fit(self, slot_sizes: frozenset[int]) -> None:
         if slot_sizes <= self._slot_sizes:
             return
         wanted = self._slot_sizes | slot_sizes
-        if self._slabs.used_bytes == 0:
+        if self._slots.used_bytes == 0:
             slab_bytes = choose_slab_bytes(self.capacity_bytes, wanted)
-            self._slabs = SlabAllocator(self.capacity_bytes, slab_bytes)
-        elif not all(self._slabs.slots_per_slab(size) for size in slot_sizes):
+            if self._slots.cut(slab_bytes):
+                self._slot_sizes = wanted
+                return
+        if max(map(slot_stride, slot_sizes)) > self._slots.slab_bytes:
             raise ConfigError(
-                f"slots of {max(slot_sizes)} bytes do not fit the pool's slabs of {self._slabs.slab_bytes} "
+                f"slots of {max(slot_sizes)} bytes do not fit the pool's slabs of {self._slots.slab_bytes} "
                 "bytes; name all slot sizes with fit_slabs() before the first slot is reserved"
             )
         self._slot_sizes = wanted
 
-    def _allocate(self, slot_bytes: int) -> Slot | None:
-        offset = self._slabs.allocate(slot_bytes)
-        if offset is None:
-            return None
-        slot = Slot(offset, slot_bytes, next(_epochs))
-        self._live[offset] = slot
-        return slot
+    def _require_live(self, slots: Sequence[Slot]) -> tuple[Int64s, Int64s]:
+        """Offsets and epochs of ``slots``, if all are in use and of the size they say; else ``SlotError``."""
+        offsets, epochs, num_bytes = slot_columns(slots)
+        stale = self._slots.first_not_live(offsets, epochs, num_bytes)
+        if stale is not None:
+            raise SlotError(
+                f"{slots[stale]} is not in use in this pool: it was freed, or is a slot of another pool"
+            )
+        return offsets, epochs
 
-    def _free(self, slot: Slot) -> None:
-        del self._live[slot.offset]
-        if self._pins.get(slot.offset):
-            self._freed_while_pinned.add(slot.offset)
-        else:
-            self._slabs.free(slot.offset)
+    def _pin(self, slots: Sequence[Slot]) -> tuple[Int64s, Int64s]:
+        offsets, epochs = self._require_live(slots)
+        if not self._slots.pin(offsets, epochs):
+            self._require_live(slots)  # Compiled code frees without our lock, here between these two.
+        return offsets, epochs
 
-    def _pin(self, slot: Slot) -> None:
-        self._pins[slot.offset] = self._pins.get(slot.offset, 0) + 1
 
-    def _unpin(self, slot: Slot) -> None:
-        self._pins[slot.offset] -= 1
-        if self._pins[slot.offset]:
-            return
-        del self._pins[slot.offset]
-        if slot.offset in self._freed_while_pinned:
-            self._freed_while_pinned.remove(slot.offset)
-            self._slabs.free(slot.offset)
+def _unpin(slots: SlotPool, creator: int, offsets: Int64s, epochs: Int64s) -> None:
+    """What the garbage collector may call at any time, in any thread, when a view ends.
 
-    def _end_views(self) -> None:
-        while self._ended_views:
-            self._unpin(self._ended_views.popleft())
+    In a forked child it does nothing: the lock of its copy may be held by a thread that is not there.
+    """
+    if os.getpid() == creator:
+        slots.unpin(offsets, epochs)
 
 
 def _make_shared(capacity_bytes: int) -> tuple[Arena, PoolHandle]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self, final
 
@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxkv.errors import ConfigError, PoolClosedError, PoolError, PoolForkedError, SlotError
-from jaxkv.host_pool import ADDRESS_UNIT_BYTES, HostPool, Slot, load_native
+from jaxkv.host_pool import ADDRESS_UNIT_BYTES, HostPool, load_native
 from jaxkv.pool_handle import PoolHandle
 from jaxkv.slabs import slot_stride
+from jaxkv.slots import Int64s, Slot, slot_columns
 
 if TYPE_CHECKING:
     from jaxkv._native import Arena
@@ -96,7 +97,7 @@ class AttachedPool:
             "reserve them in the process that opened the pool, and send its slots here"
         )
 
-    def free_slots(self, slots: Iterable[Slot]) -> NoReturn:
+    def free_slots(self, slots: Sequence[Slot]) -> NoReturn:
         """Raises ``PoolError``: the owner frees."""
         raise PoolError(
             f"an attached pool cannot free {list(slots)}; free them in the process that opened the pool, "
@@ -105,12 +106,12 @@ class AttachedPool:
 
     def address(self, slot: Slot) -> int:
         """Where a slot starts, in units of 512 bytes. Raises ``SlotError``."""
-        return self.pin((slot,))[0]
+        return int(self.pin((slot,))[0])
 
     def view(self, slot: Slot) -> memoryview:
         """The bytes of a slot, writable: what the owner's view of it shows. Raises ``SlotError``."""
         self._require_usable()
-        self._require_inside(slot)
+        self._require_inside((slot,))
         return self._arena.view(slot.offset, slot.num_bytes).data
 
     # -- for transfers ------------------------------------------------------------------------------------
@@ -129,19 +130,16 @@ class AttachedPool:
         self._require_usable()
         return self._arena.view(0, self._arena.num_bytes)
 
-    def pin(self, slots: Iterable[Slot]) -> list[int]:
+    def pin(self, slots: Sequence[Slot]) -> Int64s:
         """The addresses of ``slots``, in units of 512 bytes. Raises ``SlotError`` for one outside the pool.
 
         Any range that starts at a whole unit will do, also one inside a slot of the owner. Nothing holds the
         owner back from freeing them.
         """
         self._require_usable()
-        slots = list(slots)
-        for slot in slots:
-            self._require_inside(slot)
-        return [slot.offset // ADDRESS_UNIT_BYTES for slot in slots]
+        return self._require_inside(slots) // ADDRESS_UNIT_BYTES
 
-    def unpin(self, slots: Iterable[Slot]) -> None:
+    def unpin(self, slots: Sequence[Slot]) -> None:
         """Nothing to undo: ``pin`` holds nothing. Allowed on a closed pool."""
 
     # -- checks -------------------------------------------------------------------------------------------
@@ -158,13 +156,17 @@ class AttachedPool:
                 "attach in the child, after fork"
             )
 
-    def _require_inside(self, slot: Slot) -> None:
-        last = self.capacity_bytes - slot.num_bytes
-        if slot.num_bytes < 1 or not 0 <= slot.offset <= last or slot.offset % ADDRESS_UNIT_BYTES:
+    def _require_inside(self, slots: Sequence[Slot]) -> Int64s:
+        """The offsets of ``slots``."""
+        offsets, _, num_bytes = slot_columns(slots)
+        inside = (num_bytes >= 1) & (offsets >= 0) & (offsets <= self.capacity_bytes - num_bytes)
+        wrong = np.flatnonzero(~inside | (offsets % ADDRESS_UNIT_BYTES != 0))
+        if wrong.size:
             raise SlotError(
-                f"{slot} is not a range of whole {ADDRESS_UNIT_BYTES}-byte units in this pool of "
-                f"{self.capacity_bytes} bytes; use slots that its owner reserved"
+                f"{slots[int(wrong[0])]} is not a range of whole {ADDRESS_UNIT_BYTES}-byte units in this "
+                f"pool of {self.capacity_bytes} bytes; use slots that its owner reserved"
             )
+        return offsets
 
 
 AnyPool = HostPool | AttachedPool

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, final
 
 from jaxkv.canonical import canonicalize
-from jaxkv.host_pool import HostPool, Slot
+from jaxkv.host_pool import HostPool
 from jaxkv.keys import GroupId
 from jaxkv.pool_handle import PoolHandle
 from jaxkv.shared_pool import AttachedPool
+from jaxkv.slots import Slot
 from jaxkv.testing import LayoutCase, layout_case, numpy_copy
 from jaxkv.transfer import BlockTransfer
 

@@ -30,12 +30,39 @@ MIB = 1 << 20
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize(("asked", "given"), [(1, 4096), (4096, 4096), (3 * MIB + 1, 3 * MIB + 4096)])
-def test_capacity_is_rounded_up_to_whole_pages_and_no_further(asked: int, given: int, shared: bool) -> None:
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [(1, 4096), (4096, 4096), (8191, 4096), (3 * MIB + 1, 3 * MIB), (4 * MIB - 1, 4 * MIB - 4096)],
+)
+def test_a_pool_is_the_whole_pages_asked_for_and_at_least_one(asked: int, given: int, shared: bool) -> None:
     with HostPool(asked, shared=shared) as pool:
         assert pool.capacity_bytes == given
         assert pool.free_bytes == given
         assert pool.used_bytes == 0
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("asked", [4096, 3 * MIB + 1, 8 * MIB, 8 * MIB + 4097])
+def test_a_pool_maps_no_more_memory_than_it_was_given(asked: int, shared: bool) -> None:
+    def mapped_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+    def growth() -> int:
+        before = mapped_bytes()
+        with HostPool(asked, shared=shared):
+            return mapped_bytes() - before
+
+    growth()  # Starts the threads that fill arenas.
+    assert min(growth() for _ in range(5)) == asked // 4096 * 4096
+
+
+@pytest.mark.parametrize("asked", [4096, 3 * MIB + 1, 8 * MIB, 8 * MIB + 4097])
+def test_a_shared_pool_is_one_mapping_that_holds_no_more_than_it_was_given(asked: int) -> None:
+    with HostPool(asked, shared=True) as pool:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+        (at,) = [at for at, line in enumerate(lines) if pool.handle.nonce in line]
+        sizes = dict(line.split(":", 1) for line in lines[at + 1 : at + 10])
+        assert int(sizes["Size"].split()[0]) == int(sizes["Rss"].split()[0]) == asked // 4096 * 4
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -143,7 +170,7 @@ def test_slots_are_aligned_disjoint_and_inside_the_pool(slot_bytes: int, alignme
 
 def test_a_full_pool_keeps_nothing_of_a_reservation_it_refuses() -> None:
     with HostPool(MIB) as pool:
-        held = pool.reserve_slots(64 << 10, 10)
+        held = list(pool.reserve_slots(64 << 10, 10))
         with pytest.raises(PoolFull, match="6 free slots of 65536 bytes, 7 were asked for"):
             pool.reserve_slots(64 << 10, 7)
         held += pool.reserve_slots(64 << 10, 6)
@@ -159,7 +186,7 @@ def test_sizes_take_slabs_from_each_other_once_these_are_empty() -> None:
         pool.fit_slabs((16 << 10, 600))
         assert pool.num_slabs == 4
         assert pool.max_slots(16 << 10) == 4
-        large = pool.reserve_slots(16 << 10, 3)
+        large = list(pool.reserve_slots(16 << 10, 3))
         small = pool.reserve_slots(600, 16)
         assert {pool.slab_of(slot) for slot in small}.isdisjoint(pool.slab_of(slot) for slot in large)
         assert pool.try_reserve(600) is None

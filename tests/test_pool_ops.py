@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from jaxkv.errors import BlockIdError
-from jaxkv.host_pool import HostPool, Slot
+from jaxkv.host_pool import HostPool
 from jaxkv.page_plan import PagePlan
 from jaxkv.records import GroupPages, PagePlacement
+from jaxkv.slots import Slot
 from jaxkv.testing import assert_same_bytes
 from jaxkv.testing.arrays import as_bytes
 from jaxkv.transfer import offload, ops, reference, restore

@@ -24,8 +24,9 @@ from other_process import (
 )
 
 from jaxkv.errors import ConfigError, PoolClosedError, PoolError, SlotError
-from jaxkv.host_pool import HostPool, Slot
+from jaxkv.host_pool import HostPool
 from jaxkv.shared_pool import AttachedPool
+from jaxkv.slots import Slot
 from jaxkv.testing import assert_same_caches, numpy_copy
 
 
@@ -153,8 +154,8 @@ def test_any_range_of_whole_units_inside_the_arena_is_a_slot(owner: HostPool) ->
     with AttachedPool(owner.handle) as attached:
         ranges = [(0, MIB), (0, 1), (512, 512), (MIB - 512, 512), (MIB - 512, 3)]
         slots = [Slot(offset, num_bytes, 1) for offset, num_bytes in ranges]
-        assert attached.pin(slots) == [offset // 512 for offset, _ in ranges]
-        assert [attached.address(slot) for slot in slots] == attached.pin(slots)
+        assert attached.pin(slots).tolist() == [offset // 512 for offset, _ in ranges]
+        assert [attached.address(slot) for slot in slots] == attached.pin(slots).tolist()
         assert [len(attached.view(slot)) for slot in slots] == [num_bytes for _, num_bytes in ranges]
         for offset, num_bytes in [
             (0, MIB + 1),

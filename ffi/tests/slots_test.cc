@@ -4,12 +4,14 @@
 #include <cassert>
 #include <cstdio>
 #include <limits>
+#include <map>
 #include <random>
 #include <set>
 #include <thread>
 #include <utility>
 #include <vector>
 
+using jaxkv::LiveSlot;
 using jaxkv::SizeError;
 using jaxkv::SlotPool;
 using jaxkv::SlotRef;
@@ -185,6 +187,16 @@ void CheckRandom() {
       }
     }
     assert(pool.used_bytes() == used);
+  }
+  std::map<int64_t, int64_t> live;
+  for (const Held& h : held) {
+    if (h.live) live[h.slot.offset] = h.slot.epoch;
+  }
+  const std::vector<LiveSlot> listed = pool.ListLive();
+  assert(listed.size() == live.size() && pool.num_live() == static_cast<int64_t>(live.size()));
+  for (const LiveSlot& entry : listed) {
+    assert(live.at(entry.slot.offset) == entry.slot.epoch);
+    assert(!pool.FirstNotLive(&entry.slot, &entry.num_bytes, 1));
   }
 }
 

@@ -16,18 +16,19 @@ from numpy.typing import ArrayLike
 
 from jaxkv.canonical import CanonicalKVCaches
 from jaxkv.errors import CacheMismatchError, ConfigError, NativeError
-from jaxkv.host_pool import Slot
 from jaxkv.keys import GroupId
 from jaxkv.records import GroupRecord
 from jaxkv.shared_pool import AnyPool
+from jaxkv.slots import Slot, Slots
 from jaxkv.transfer.backends import CpuBackend, TransferBackend, XlaBackend
 from jaxkv.transfer.checks import (
     Entries,
+    as_slots,
     bucket_size,
     check_block_ids,
+    check_enough_slots,
     check_first_block,
     check_no_repeats,
-    check_slots,
     check_slots_differ,
     make_entries,
 )
@@ -43,9 +44,9 @@ _log = logging.getLogger(__name__)
 class SlotLease(Sequence[Slot]):
     """Slots that are freed when the ``with`` block ends, unless ``keep`` was called."""
 
-    def __init__(self, transfer: BlockTransfer, slots: Sequence[Slot]) -> None:
+    def __init__(self, transfer: BlockTransfer, slots: Slots) -> None:
         self._transfer = transfer
-        self._slots = tuple(slots)
+        self._slots = slots
         self._kept = False
 
     def __enter__(self) -> Self:
@@ -57,7 +58,7 @@ class SlotLease(Sequence[Slot]):
         if not self._kept and not self._transfer.pool.closed:
             self._transfer.release(self._slots)
 
-    def keep(self) -> tuple[Slot, ...]:
+    def keep(self) -> Slots:
         """Hand the slots over; ``BlockTransfer.release`` frees them."""
         self._kept = True
         return self._slots
@@ -65,8 +66,8 @@ class SlotLease(Sequence[Slot]):
     @overload
     def __getitem__(self, index: int) -> Slot: ...
     @overload
-    def __getitem__(self, index: slice) -> tuple[Slot, ...]: ...
-    def __getitem__(self, index: int | slice) -> Slot | tuple[Slot, ...]:
+    def __getitem__(self, index: slice) -> Slots: ...
+    def __getitem__(self, index: int | slice) -> Slot | Slots:
         return self._slots[index]
 
     def __len__(self) -> int:
@@ -127,7 +128,7 @@ class BlockTransfer:
     def release(self, slots: Sequence[Slot]) -> None:
         """Free kept slots. Waits for nothing: a slot in a running transfer frees when that ends."""
         self.settle()
-        self.pool.free_slots(slots)
+        self.pool.free_slots(slots[:])
 
     def offload(
         self,
@@ -145,19 +146,19 @@ class BlockTransfer:
         Raises ``BlockIdError``, ``SlotError``, ``CacheMismatchError``,
         ``DeletedCacheError``, ``PoolClosedError`` or ``PoolForkedError``.
         """
-        slots = tuple(slots)
         leaves = self._leaves(kv_caches, group)
-        check_slots_differ(slots)
-        with self._pinned(group, block_ids, slots, first_block) as entries:
+        chunks = self._chunks(group, slots)
+        check_slots_differ(chunks)
+        with self._pinned(group, block_ids, chunks, first_block) as entries:
             moves = self.movers[group].offload(leaves, entries) if entries.num_blocks else []
-        return self._start(group, slots, moves)
+        return self._start(group, chunks, moves)
 
     def prefetch(self, group: GroupId, slots: Sequence[Slot]) -> Ticket:
         """Start moving slots towards the device, ahead of ``restore``; nothing to do on the host platform."""
-        slots = tuple(slots)
-        with self._pinned(group, (), slots, 0):
+        chunks = self._chunks(group, slots)
+        with self._pinned(group, (), chunks, 0):
             pass  # On the host platform the slots are where they will be read.
-        return self._start(group, slots, [])
+        return self._start(group, chunks, [])
 
     def restore(
         self,
@@ -173,14 +174,14 @@ class BlockTransfer:
         leaves of the group are consumed. Where something else holds one (a NumPy view does), XLA copies it
         whole first; then ``num_copied_leaves`` counts and the first time is logged.
         """
-        slots = tuple(slots)
         leaves = self._leaves(kv_caches, group)
+        chunks = self._chunks(group, slots)
         moves: list[Move] = []
-        with self._pinned(group, block_ids, slots, first_block) as entries:
+        with self._pinned(group, block_ids, chunks, first_block) as entries:
             check_no_repeats(entries.block_ids)
             if entries.num_blocks:
                 kv_caches, moves = self._write(kv_caches, group, leaves, entries)
-        return kv_caches, self._start(group, slots, moves)
+        return kv_caches, self._start(group, chunks, moves)
 
     def warm_up(self, kv_caches: KVCaches, max_blocks: int) -> KVCaches:
         """Compile every program that transfers of up to ``max_blocks`` blocks need. Moves nothing.
@@ -191,7 +192,9 @@ class BlockTransfer:
             count = 1
             while count <= bucket_size(max_blocks):
                 record_bytes = self._record(group).record_bytes
-                entries = make_entries(np.full(count, -1, np.int32), (0,) * count, record_bytes, 1, 0)
+                entries = make_entries(
+                    np.full(count, -1, np.int32), np.zeros(count, np.int64), record_bytes, 1, 0
+                )
                 leaves = self._leaves(kv_caches, group)
                 self.movers[group].offload(leaves, entries)
                 kv_caches, _ = self._write(kv_caches, group, leaves, entries)
@@ -212,6 +215,10 @@ class BlockTransfer:
             raise ConfigError(f"there is no group {group}; the caches have groups 0 to {len(records) - 1}")
         return records[group]
 
+    def _chunks(self, group: GroupId, slots: Sequence[Slot]) -> Slots:
+        """Slots as they are now, as arrays; of a ``SlotLease`` those it holds."""
+        return as_slots(slots[:], self.chunk_bytes(group))
+
     def _leaves(self, kv_caches: KVCaches, group: GroupId) -> dict[int, jax.Array]:
         self._record(group)
         leaves = self.canonical.group_leaves(kv_caches, group)
@@ -224,13 +231,13 @@ class BlockTransfer:
 
     @contextmanager
     def _pinned(
-        self, group: GroupId, block_ids: ArrayLike, slots: Sequence[Slot], first_block: int
+        self, group: GroupId, block_ids: ArrayLike, slots: Slots, first_block: int
     ) -> Iterator[Entries]:
         """Checks ids and slots, pins the slots and makes the arrays of one program. An error unpins them."""
         record = self._record(group)
         ids = check_block_ids(block_ids, record.num_blocks)
         check_first_block(first_block)
-        check_slots(slots, self.chunk_bytes(group), first_block + len(ids), self.blocks_per_chunk)
+        check_enough_slots(slots, first_block + len(ids), self.blocks_per_chunk)
         self.settle()
         addresses = self.pool.pin(slots)
         try:
@@ -251,7 +258,7 @@ class BlockTransfer:
             self._count_copies(sum(move.num_copied_leaves for move in moves))
         return self.canonical.replace(kv_caches, group, list(written.values())), moves
 
-    def _start(self, group: GroupId, slots: Sequence[Slot], moves: Sequence[Move]) -> Ticket:
+    def _start(self, group: GroupId, slots: Slots, moves: Sequence[Move]) -> Ticket:
         ticket = Ticket(group, moves, partial(self._end, slots))
         with self._lock:
             self._under_way.add(ticket)
@@ -259,7 +266,7 @@ class BlockTransfer:
             ticket.wait()
         return ticket
 
-    def _end(self, slots: Sequence[Slot], ticket: Ticket) -> None:
+    def _end(self, slots: Slots, ticket: Ticket) -> None:
         self.pool.unpin(slots)
         with self._lock:
             self._under_way.discard(ticket)

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from numpy.typing import ArrayLike
 
 from jaxkv.errors import BlockIdError, CacheMismatchError, SlotError
-from jaxkv.host_pool import ADDRESS_UNIT_BYTES, Slot
+from jaxkv.host_pool import ADDRESS_UNIT_BYTES
+from jaxkv.slots import Slot, Slots
 
 _SMALLEST_BUCKET = 8
 
@@ -83,31 +84,37 @@ def check_first_block(first_block: int) -> None:
         raise BlockIdError(f"first_block counts from the first chunk and cannot be {first_block!r}")
 
 
-def check_slots(slots: Sequence[Slot], slot_bytes: int, num_entries: int, blocks_per_chunk: int) -> None:
-    """Raises ``SlotError`` unless ``slots`` are enough chunks of the right size."""
+def as_slots(slots: Sequence[Slot], slot_bytes: int) -> Slots:
+    """``slots`` as arrays, if each is a chunk of ``slot_bytes``; else ``SlotError``."""
+    sizes = {slots.num_bytes} if isinstance(slots, Slots) else {slot.num_bytes for slot in slots}
+    if slots and sizes != {slot_bytes}:
+        wrong = next(slot for slot in slots if slot.num_bytes != slot_bytes)
+        raise SlotError(
+            f"{wrong} holds {wrong.num_bytes} bytes, a chunk of this group takes {slot_bytes}; "
+            "reserve slots with BlockTransfer.reserve() for the same group"
+        )
+    return Slots.of(slots, slot_bytes)
+
+
+def check_enough_slots(slots: Slots, num_entries: int, blocks_per_chunk: int) -> None:
+    """Raises ``SlotError`` unless ``slots`` are chunks enough."""
     needed = -(-num_entries // blocks_per_chunk)
     if needed > len(slots):
         raise SlotError(
             f"{num_entries} blocks, counted from the start of the first chunk, need {needed} slots of "
             f"{blocks_per_chunk} blocks, got {len(slots)}"
         )
-    for slot in slots:
-        if slot.num_bytes != slot_bytes:
-            raise SlotError(
-                f"{slot} holds {slot.num_bytes} bytes, a chunk of this group takes {slot_bytes}; "
-                "reserve slots with BlockTransfer.reserve() for the same group"
-            )
 
 
-def check_slots_differ(slots: Sequence[Slot]) -> None:
+def check_slots_differ(slots: Slots) -> None:
     """Raises ``SlotError`` if a slot is named twice: two chunks would be written over each other."""
-    if len({slot.offset for slot in slots}) != len(slots):
+    if len(np.unique(slots.offsets)) != len(slots):
         raise SlotError("a slot is named twice in one offload; give each chunk a slot of its own")
 
 
 def make_entries(
     block_ids: npt.NDArray[np.int32],
-    slot_addresses: Sequence[int],
+    slot_addresses: ArrayLike,
     record_bytes: int,
     blocks_per_chunk: int,
     first_block: int,
