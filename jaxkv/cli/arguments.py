@@ -25,3 +25,19 @@ def count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return number
+
+
+def whole(text: str) -> int:
+    """A whole number of at least zero."""
+    return 0 if text == "0" else count(text)
+
+
+def share(text: str) -> float:
+    """A number within 0 and 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number within 0 and 1, got {text!r}")
+    return number

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxkv.cli.arguments import count, size
-from jaxkv.errors import ConfigError
+from jaxkv.cli.extras import needs_extra
 
 _EPILOG = """\
 Several people talk about three long documents. The device cache cannot hold all of the conversations,
@@ -41,10 +41,6 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; 0 if the tokens are equal and something was loaded."""
-    try:
-        from jaxkv.cli import demo_run  # noqa: PLC0415 -- needs the packages of the demo extra
-    except ImportError as error:
-        raise ConfigError(
-            f"the demo needs {error.name}; install what it uses with: pip install 'jaxkv[demo]'"
-        ) from error
+    with needs_extra("demo", "the demo"):
+        from jaxkv.cli import demo_run  # noqa: PLC0415
     return demo_run.run_demo(args)
