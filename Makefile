@@ -1,11 +1,15 @@
 # Everything sets itself up: a virtual environment per Python, the build, the dependencies.
 #   make demo     real Gemma 3 270M weights, offloading on against off
 #   make test     the whole test suite
+#   make fuzz     random runs of the connector against its reference model; FUZZ_STEPS=50_000_000 for long
 #   make test-families   tests against the packages that allocate caches: flax, MaxText, gemma and others
 # PYTHON=python3.12 picks another interpreter; VENV=dir another environment.
 
 PYTHON ?= python3
 VENV ?= .venv
+FUZZ_STEPS ?= 500_000
+FUZZ_FIRST_SEED ?= 0
+FUZZ_JOBS ?= 2
 FAMILIES_VENV ?= .venv-families
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
@@ -13,7 +17,7 @@ SOURCES := pyproject.toml README.md LICENSE $(shell find jaxkv ffi examples -typ
 	-not -name '*.pyc' -not -path '*/__pycache__/*')
 CPP := $(shell find ffi -name '*.cc' -o -name '*.h')
 
-.PHONY: help demo test test-families run-families lint format docs native-test clean
+.PHONY: help demo test fuzz test-families run-families lint format docs native-test clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -24,6 +28,9 @@ demo: $(VENV)/.jaxkv
 test: $(VENV)/.jaxkv
 	@echo "== pytest, $$($(BIN)/python --version), jax $$($(BIN)/python -c 'import jax; print(jax.__version__)')"
 	$(BIN)/pytest -n auto --dist loadfile
+
+fuzz: $(VENV)/.jaxkv
+	$(BIN)/python tests/fuzz_cache.py --steps $(FUZZ_STEPS) --first-seed $(FUZZ_FIRST_SEED) --jobs $(FUZZ_JOBS)
 
 test-families:
 	@$(MAKE) --no-print-directory run-families VENV=$(FAMILIES_VENV)

@@ -1,0 +1,146 @@
+"""What a run of the cache machine is made of: layers, pools, options and odds, drawn from a seed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+from cache_model import TOKEN_KINDS, Layer
+
+from jaxkv.serving.sizing import blocks_to_serve
+from jaxkv.spec import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    LayerSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
+
+MAX_TOKENS = 96
+"""The longest sequence."""
+_MAX_ALIGNMENT = 24
+# What the connector does not do right yet is not drawn.
+_DRAFTS = False
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One run. ``host_chunks`` is how many of the largest chunks the host pool holds; odds are per event."""
+
+    layers: tuple[Layer, ...]
+    page_bytes: tuple[int, ...]
+    num_blocks: tuple[int, ...]
+    host_chunks: int
+    blocks_per_chunk: int = 1
+    prompt_only: bool = False
+    max_seqs: int = 4
+    max_step: int = 16
+    max_drafts: int = 0
+    stop_at_blocks: bool = True
+    land_odds: float = 1.0
+    fail_odds: float = 0.0
+    refuse_odds: float = 0.0
+    retry_odds: float = 0.0
+    arrive_odds: float = 0.25
+    event_odds: float = 0.05
+    resets: bool = True
+
+    def __post_init__(self) -> None:
+        for layer in self.layers:
+            assert layer.chunk == layer.block * self.blocks_per_chunk, f"{layer} is cut otherwise"
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether nothing is refused, forgotten or lost: then all that is computed can be served again."""
+        return not (self.fail_odds or self.refuse_odds or self.retry_odds or self.resets or self.max_drafts)
+
+    @property
+    def config(self) -> KVCacheConfig:
+        """The groups as jaxkv sees them: one layer each."""
+        return KVCacheConfig(
+            tuple(
+                KVCacheGroupSpec(
+                    (f"layer.{index}",), make_spec(layer, size), count, is_eagle_group=layer.draft
+                )
+                for index, (layer, size, count) in enumerate(
+                    zip(self.layers, self.page_bytes, self.num_blocks, strict=True)
+                )
+            )
+        )
+
+    @property
+    def alignment(self) -> int:
+        """Tokens a host hit is a multiple of."""
+        return math.lcm(*(layer.chunk for layer in self.layers))
+
+
+def make_spec(layer: Layer, page_bytes: int) -> LayerSpec:
+    """The spec of a layer whose pages count as ``page_bytes``, whatever the NumPy arrays hold."""
+    attention = {"num_kv_heads": 1, "head_size": 1, "dtype": np.int64, "page_size_bytes": page_bytes}
+    match layer.kind:
+        case "full":
+            return FullAttentionSpec(layer.block, **attention)
+        case "latent":
+            return MLAAttentionSpec(layer.block, 1, np.int64, page_size_bytes=page_bytes)
+        case "window":
+            return SlidingWindowSpec(
+                layer.block, sliding_window=layer.size, sink_len=layer.sinks, **attention
+            )
+        case "local":
+            return ChunkedLocalAttentionSpec(layer.block, attention_chunk_size=layer.size, **attention)
+        case _:
+            return MambaSpec(layer.block, ((page_bytes,),), (np.int8,))
+
+
+def draw_setup(draw: Random) -> Setup:
+    """Any setup in which a request of ``MAX_TOKENS`` can run."""
+    size = draw.choice([1, 1, 2, 3])
+    drafts = draw.choice([0, 0, 1, 3]) if _DRAFTS else 0
+    layers = _draw_layers(draw, size)
+    pages = tuple(draw.choice([100, 500, 700, 1600, 5000]) for _ in layers)
+    spare = draw.choice([0, 2, 6, 20, 60])
+    least = [
+        blocks_to_serve(make_spec(layer, page), MAX_TOKENS + drafts, 1 + drafts)
+        for layer, page in zip(layers, pages, strict=True)
+    ]
+    calm = draw.random() < 0.2
+    return Setup(
+        layers=layers,
+        page_bytes=pages,
+        num_blocks=tuple(count + draw.randrange(spare + 1) for count in least),
+        host_chunks=draw.choice([1, 2, 5, 12, 40, 1000]),
+        blocks_per_chunk=size,
+        prompt_only=draw.random() < 0.4,
+        max_seqs=draw.randrange(1, 6),
+        max_step=draw.choice([3, 8, 16, 32]),
+        max_drafts=drafts,
+        stop_at_blocks=draw.random() < 0.8,
+        land_odds=draw.choice([1.0, 1.0, 0.6, 0.3, 0.1]),
+        fail_odds=0.0 if calm else draw.choice([0, 0, 0.1, 0.4]),
+        refuse_odds=0.0 if calm else draw.choice([0, 0, 0.1]),
+        retry_odds=0.0 if calm else draw.choice([0, 0, 0, 0.05]),
+        arrive_odds=draw.choice([0.1, 0.3, 0.6]),
+        event_odds=draw.choice([0.02, 0.1]),
+        resets=not calm,
+    )
+
+
+def _draw_layers(draw: Random, blocks_per_chunk: int) -> tuple[Layer, ...]:
+    while True:
+        count = draw.choice([1, 2, 2, 3])
+        layers = tuple(_draw_layer(draw, blocks_per_chunk) for _ in range(count))
+        if math.lcm(*(layer.chunk for layer in layers)) <= _MAX_ALIGNMENT:
+            return layers
+
+
+def _draw_layer(draw: Random, blocks_per_chunk: int) -> Layer:
+    kind = draw.choice([*TOKEN_KINDS, "state", "state", "window"])
+    block = draw.choice([2, 3, 4, 4, 6, 8])
+    size = draw.randrange(1, 30) if kind in ("window", "local") else 0
+    sinks = draw.randrange(1, 16) if kind == "window" and draw.random() < 0.4 else 0
+    return Layer(kind, block, block * blocks_per_chunk, size, sinks)
