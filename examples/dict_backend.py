@@ -126,6 +126,11 @@ class DictWorker(OffloadingWorker):
         self._data = data
         self._ended: list[JobResult] = []
 
+    @property
+    def layout_fingerprint(self) -> str:
+        """See ``OffloadingWorker``."""
+        return self._transfer.canonical.fingerprint
+
     def submit_store(self, job: TransferJob, kv_caches: Any) -> None:
         """See ``OffloadingWorker``."""
         start_s, num_bytes, error = time.perf_counter(), 0, None

@@ -23,7 +23,10 @@ from jaxkv.errors import (
     SlotError,
     WeightsError,
 )
+from jaxkv.fingerprint import cache_fingerprint
+from jaxkv.hash_chain import ChainRoot, HashChain
 from jaxkv.host_pool import HostPool
+from jaxkv.key_parts import CacheKeyParts, MultiModalInput, PromptEmbeddings
 from jaxkv.layout import LayoutHint
 from jaxkv.pool_handle import PoolHandle
 from jaxkv.shared_pool import AttachedPool
@@ -42,12 +45,15 @@ __all__ = [
     "AttachedPool",
     "BlockIdError",
     "BlockTransfer",
+    "CacheKeyParts",
     "CacheMismatchError",
     "CanonicalKVCaches",
+    "ChainRoot",
     "ChunkedLocalAttentionSpec",
     "ConfigError",
     "DeletedCacheError",
     "FullAttentionSpec",
+    "HashChain",
     "HostPool",
     "JaxKVError",
     "KVCacheConfig",
@@ -55,6 +61,7 @@ __all__ = [
     "LayoutHint",
     "MLAAttentionSpec",
     "MambaSpec",
+    "MultiModalInput",
     "NativeError",
     "OffloadingConfig",
     "OffloadingConnector",
@@ -64,10 +71,12 @@ __all__ = [
     "PoolFull",
     "PoolHandle",
     "PoolInUseError",
+    "PromptEmbeddings",
     "RequestError",
     "SlidingWindowSpec",
     "SlotError",
     "WeightsError",
+    "cache_fingerprint",
     "canonicalize",
     "parse_bytes",
 ]

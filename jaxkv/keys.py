@@ -1,18 +1,14 @@
-"""Names of cached content: chained block hashes and the keys chunks are offloaded under.
+"""Names of cached content: the keys chunks are offloaded under, one by one and as runs.
 
-The chain makes equal hashes mean equal prefixes: a link covers its parent, the tokens of its block and
-whatever else changes the cached bytes. Index types live here too, one per index space.
+The hashes inside them are those of ``jaxkv.hash_chain``. Index types live here too, one per index space.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from operator import itemgetter
 from typing import NewType, final, overload
-
-import numpy as np
 
 BlockId = NewType("BlockId", int)
 """A block of one group in the device cache."""
@@ -25,37 +21,7 @@ BlockHash = NewType("BlockHash", bytes)
 OffloadKey = NewType("OffloadKey", bytes)
 """A block hash and the group whose chunk it names, as in vLLM's ``OffloadKey``."""
 
-HASH_NAME = "blake2b-128"
-_HASH_BYTES = 16
 _GROUP_BYTES = 4
-
-
-def chain_root(fingerprint: str, salt: str = "") -> BlockHash:
-    """The parent of every first block.
-
-    ``fingerprint`` names model, weights revision, cache dtype and layout; ``salt`` separates tenants. Two
-    chains with different roots never share a hash.
-    """
-    digest = hashlib.blake2b(digest_size=_HASH_BYTES)
-    for part in (fingerprint, salt):
-        encoded = part.encode()
-        digest.update(len(encoded).to_bytes(8, "big"))
-        digest.update(encoded)
-    return BlockHash(digest.digest())
-
-
-def hash_block(parent: BlockHash, token_ids: Sequence[int], extra: bytes = b"") -> BlockHash:
-    """The hash of one full block that follows ``parent``.
-
-    ``extra`` is whatever else shapes the block's bytes: an adapter's name, digests of multimodal inputs.
-    """
-    tokens = np.asarray(token_ids, dtype="<i8").tobytes()
-    digest = hashlib.blake2b(digest_size=_HASH_BYTES)
-    digest.update(parent)
-    digest.update(len(tokens).to_bytes(8, "big"))
-    digest.update(tokens)
-    digest.update(extra)
-    return BlockHash(digest.digest())
 
 
 def make_offload_key(block_hash: BlockHash, group: GroupId) -> OffloadKey:

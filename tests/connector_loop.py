@@ -13,8 +13,8 @@ from functools import cache
 import numpy as np
 
 from jaxkv.connector import OffloadingConfig, OffloadingConnector, SchedulerOutput
+from jaxkv.hash_chain import ChainRoot, HashChain
 from jaxkv.hits import unread_blocks
-from jaxkv.keys import chain_root, hash_block
 from jaxkv.spec import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -73,7 +73,7 @@ class LoopRequest:
     max_new_tokens: int = 1
     num_prompt_tokens: int = 0
     num_computed_tokens: int = 0
-    block_hashes: list = field(default_factory=list)
+    chain: HashChain = field(default_factory=lambda: HashChain(ChainRoot("loop", BLOCK)))
     host_hits: list[int] = field(default_factory=list)
     tables: list[list[int | None]] = field(default_factory=list)
 
@@ -86,14 +86,15 @@ class LoopRequest:
         return len(self.tokens)
 
     @property
+    def block_hashes(self) -> list:
+        return self.chain.block_hashes
+
+    @property
     def done(self) -> bool:
         return self.num_tokens - self.num_prompt_tokens >= self.max_new_tokens
 
     def extend_hashes(self) -> None:
-        while (len(self.block_hashes) + 1) * BLOCK <= self.num_tokens:
-            start = len(self.block_hashes) * BLOCK
-            parent = self.block_hashes[-1] if self.block_hashes else chain_root("loop")
-            self.block_hashes.append(hash_block(parent, self.tokens[start : start + BLOCK]))
+        self.chain.extend(self.tokens[self.chain.num_tokens :])
 
 
 class Loop:

@@ -6,6 +6,7 @@ from connector_loop import BLOCK, STATE_BLOCK, LoopRequest, hybrid_config
 
 from jaxkv.connector.chunks import ChunkedCaches, ChunkId
 from jaxkv.connector.lookup import Deferral, find_hit
+from jaxkv.connector.request_params import RequestParams
 from jaxkv.connector.request_state import Tenure
 from jaxkv.connector.store_plan import SkipReason, StoreView, plan_stores, shrinking_prefixes
 from jaxkv.keys import GroupId, OffloadKey, get_offload_block_hash, get_offload_group
@@ -213,7 +214,7 @@ def test_backend_that_asks_to_retry_defers_the_hit():
 
 
 def make_tenure():
-    return Tenure(REQUEST, ReqContext("r"), [[], [], []], 8, 8, [0, 0, 0])
+    return Tenure(REQUEST, ReqContext("r"), RequestParams(), [[], [], []], 8, 8, [0, 0, 0])
 
 
 def test_tokens_count_once_their_step_has_ended():

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jaxkv.connector import SchedulerOutput
-from jaxkv.keys import BlockHash, BlockId, chain_root, hash_block
+from jaxkv.hash_chain import ChainRoot, HashChain
+from jaxkv.keys import BlockHash, BlockId
 
 README = Path(__file__).parent.parent / "README.md"
 SIZES = {"layer.0": 1024, "layer.1": 256, "layer.2": 256}
@@ -26,10 +27,7 @@ class ARequest:
     block_hashes: list[BlockHash] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        parent = chain_root("readme")
-        for first in range(0, len(self.token_ids) - 15, 16):
-            parent = hash_block(parent, self.token_ids[first : first + 16])
-            self.block_hashes.append(parent)
+        self.block_hashes = HashChain(ChainRoot("readme", 16), token_ids=self.token_ids).block_hashes
 
     @property
     def num_tokens(self) -> int:

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxkv.errors import ConfigError
-from jaxkv.keys import chain_root
+from jaxkv.keys import BlockHash
 from jaxkv.replay.generator import Length, TraceParams, generate_trace
 from jaxkv.replay.trace import Segment, TraceRequest, chain_hashes
 from jaxkv.replay.trace_file import load_trace, save_trace
 
-ROOT = chain_root("trace")
+ROOT = BlockHash(b"trace")
 SMALL = TraceParams(num_requests=150, max_tokens=4096, document_tokens=Length(900, 0.8), seed=3)
 
 
@@ -120,7 +120,7 @@ def test_hashes_are_equal_exactly_where_prefixes_are(segment_lists, tokens_per_h
 
 def test_chains_of_another_root_share_nothing():
     segments = (Segment(0, 100), Segment(1, 7))
-    here, there = chain_hashes(segments, 16, ROOT), chain_hashes(segments, 16, chain_root("other"))
+    here, there = chain_hashes(segments, 16, ROOT), chain_hashes(segments, 16, BlockHash(b"other"))
     assert not set(here) & set(there)
 
 

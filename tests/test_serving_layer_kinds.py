@@ -8,7 +8,7 @@ from toy_model import LOCAL, SINKS, ToyModel, make_config, oracle_tokens, random
 
 from jaxkv.connector import OffloadingConfig, OffloadingConnector
 from jaxkv.connector.store_plan import SkipReason
-from jaxkv.keys import chain_root
+from jaxkv.hash_chain import ChainRoot, HashChain
 from jaxkv.serving import EngineConfig, LLMEngine, Request, SamplingParams
 from jaxkv.serving.cache_manager import CacheManager, blocks_of_step
 from jaxkv.serving.chunking import Chunk
@@ -122,7 +122,7 @@ def test_chunks_that_no_boundary_reads_are_not_stored():
 def make_cache(kind, num_tokens):
     model = ToyModel(kinds=(kind,))
     request = Request(
-        "r", range(num_tokens), SamplingParams(), hash_root=chain_root(""), hash_block_size=4, arrival_s=0.0
+        "r", range(num_tokens), SamplingParams(), chain=HashChain(ChainRoot("", 4)), arrival_s=0.0
     )
     cache = CacheManager(make_config(model, BLOCK, **{kind: 40}), 80)
     assert cache.admit(request, 0, 0, Chunk(0, 8, 8))

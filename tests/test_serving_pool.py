@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy_model import ToyModel, make_config
 
-from jaxkv.keys import BlockHash, chain_root, hash_block
+from jaxkv.hash_chain import ChainRoot, HashChain
+from jaxkv.keys import BlockHash
 from jaxkv.serving import EngineConfig, Request, SamplingParams
 from jaxkv.serving.block_pool import BlockPool
 from jaxkv.serving.cache_manager import CacheManager
@@ -133,9 +134,7 @@ def test_without_budget_only_a_decode_goes_on():
 def test_a_state_is_cached_only_when_a_step_ended_on_its_block_boundary():
     model = ToyModel(kinds=("state",))
     cache = CacheManager(make_config(model, 4, state=4), 32)
-    request = Request(
-        "r", range(12), SamplingParams(), hash_root=chain_root(""), hash_block_size=4, arrival_s=0.0
-    )
+    request = Request("r", range(12), SamplingParams(), chain=HashChain(ChainRoot("", 4)), arrival_s=0.0)
     first, second = Chunk(0, 6, 8), Chunk(6, 8, 8)
     assert cache.admit(request, 0, 0, first)
     cache.register(request, first.end)
@@ -151,15 +150,12 @@ def test_a_state_is_cached_only_when_a_step_ended_on_its_block_boundary():
 
 
 def test_hashes_chain_from_the_root_and_grow_with_the_tokens():
-    root = chain_root("model")
-    request = Request(
-        "r", [1, 2, 3, 4, 5], SamplingParams(), hash_root=root, hash_block_size=2, arrival_s=0.0
-    )
-    first = hash_block(root, [1, 2])
-    second = hash_block(first, [3, 4])
-    assert request.block_hashes == [first, second]
+    root = ChainRoot("model", 2)
+    request = Request("r", [1, 2, 3, 4, 5], SamplingParams(), chain=HashChain(root), arrival_s=0.0)
+    hashes = request.block_hashes
+    assert hashes == HashChain(root, token_ids=[1, 2, 3, 4]).block_hashes
     request.append_token(6, 0.0)
-    assert request.block_hashes == [first, second, hash_block(second, [5, 6])]
+    assert hashes == HashChain(root, token_ids=[1, 2, 3, 4, 5, 6]).block_hashes
 
 
 @pytest.mark.parametrize(("seqs", "rows"), [(1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (8, (1, 2, 4, 8))])

@@ -145,6 +145,14 @@ class KVConnectorBase(ABC):
     def register_kv_caches(self, kv_caches: KVCaches) -> None:
         """Learn the cache layout. Called once, before the first step; keeps no reference to the arrays."""
 
+    @property
+    def layout_fingerprint(self) -> str:
+        """Names what else a key must tell apart: how bytes are arranged in chunks. See ``cache_fingerprint``.
+
+        Known once the caches are registered.
+        """
+        return ""
+
     def warm_up(self, kv_caches: KVCaches, max_blocks: int) -> KVCaches:
         """Prepare for requests of up to ``max_blocks`` blocks, so that no step waits for a compilation.
 

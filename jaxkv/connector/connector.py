@@ -58,6 +58,7 @@ class OffloadingConnector(KVConnectorBase):
         self._open_scheduler: OffloadingScheduler | None = OffloadingScheduler(
             caches, self._spec.get_manager(), offload_prompt_only=config.offload_prompt_only
         )
+        self._blocks_per_chunk = config.blocks_per_chunk
         self._open_worker: OffloadingConnectorWorker | None = None
         self._metadata: OffloadingConnectorMetadata | None = None
 
@@ -163,6 +164,11 @@ class OffloadingConnector(KVConnectorBase):
             )
         assert self._scheduler is not None
         self._open_worker = OffloadingConnectorWorker(self._spec.get_worker(kv_caches))
+
+    @property
+    def layout_fingerprint(self) -> str:
+        """See ``KVConnectorBase``."""
+        return f"{self._worker.layout_fingerprint} in chunks of {self._blocks_per_chunk}"
 
     def warm_up(self, kv_caches: KVCaches, max_blocks: int) -> KVCaches:
         """See ``KVConnectorBase``."""

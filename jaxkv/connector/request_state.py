@@ -8,6 +8,7 @@ from typing import final
 from jaxkv.connector.chunks import ChunkedCaches
 from jaxkv.connector.lookup import Hit
 from jaxkv.connector.protocols import BlockTables, Request
+from jaxkv.connector.request_params import RequestParams
 from jaxkv.connector.store_plan import StoreView
 from jaxkv.keys import BlockId, GroupId, JobId
 from jaxkv.offload.base import LoadStoreSpec, ReqContext
@@ -27,6 +28,7 @@ class Tenure:
 
     request: Request
     ctx: ReqContext
+    params: RequestParams
     tables: list[list[BlockId | None]]
     complete_tokens: int
     previous_tokens: int
@@ -88,6 +90,7 @@ class RequestState:
 
     request: Request
     ctx: ReqContext
+    params: RequestParams
     device_hit_tokens: int | None = None
     promise: Promise | None = None
     load: JobId | None = None

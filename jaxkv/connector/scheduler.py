@@ -20,6 +20,7 @@ from jaxkv.connector.lookup import Deferral, Hit, find_hit
 from jaxkv.connector.metadata import OffloadingConnectorMetadata, OffloadingWorkerMetadata
 from jaxkv.connector.metrics import ConnectorStats, Metrics
 from jaxkv.connector.protocols import BlockTables, Request, SchedulerOutput
+from jaxkv.connector.request_params import RequestParams
 from jaxkv.connector.request_state import Promise, RequestState, Tenure
 from jaxkv.connector.stores import StorePlanner
 from jaxkv.errors import RequestError
@@ -60,8 +61,9 @@ class OffloadingScheduler:
                 f"request {request.request_id!r} is known already; ids must be unique among requests that "
                 "have not finished, or whose load has not landed"
             )
-        ctx = ReqContext(request.request_id)
-        self._requests[request.request_id] = RequestState(request, ctx)
+        params = RequestParams.of(request)
+        ctx = params.context(request.request_id)
+        self._requests[request.request_id] = RequestState(request, ctx, params)
         self._manager.on_new_request(ctx)
 
     def get_num_new_matched_tokens(
@@ -77,7 +79,7 @@ class OffloadingScheduler:
             self._caches,
             request.block_hashes,
             num_computed_tokens,
-            request.num_tokens - 1,
+            state.params.load_limit(num_computed_tokens, request.num_tokens - 1),
             self._lookup(state),
         )
         if isinstance(found, Hit) and not self._loading_keys.isdisjoint(found.keys):
@@ -169,7 +171,9 @@ class OffloadingScheduler:
         start = min(start, state.request.num_tokens - 1)
         tables = [list(table) for table in blocks]
         state.retry_until_s = None
-        state.tenure = Tenure(state.request, state.ctx, tables, start, start, next_chunk=[0] * len(tables))
+        state.tenure = Tenure(
+            state.request, state.ctx, state.params, tables, start, start, next_chunk=[0] * len(tables)
+        )
 
     # -- one step ---------------------------------------------------------------------------------------
 

@@ -38,7 +38,8 @@ class StorePlanner:
             return None
         request = tenure.request
         limit = request.num_prompt_tokens if self._offload_prompt_only else request.num_tokens
-        plan = plan_stores(self._caches, tenure.store_view(min(limit, num_computed_tokens)))
+        limit = tenure.params.store_limit(min(limit, num_computed_tokens))
+        plan = plan_stores(self._caches, tenure.store_view(limit))
         tenure.next_chunk = list(plan.next_chunk)
         for chunk, reason in plan.skipped.items():
             self._metrics.skipped(chunk.group, reason)

@@ -23,6 +23,11 @@ class OffloadingConnectorWorker:
         self._received: set[str] = set()
         self._failed: dict[str, LoadFailure] = {}
 
+    @property
+    def layout_fingerprint(self) -> str:
+        """See ``OffloadingWorker``."""
+        return self._worker.layout_fingerprint
+
     def warm_up(self, kv_caches: KVCaches, max_blocks: int) -> KVCaches:
         """Compile what transfers need; answers the caches to go on with."""
         warmed: KVCaches = self._worker.warm_up(kv_caches, max_blocks)

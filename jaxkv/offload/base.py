@@ -229,6 +229,11 @@ class OffloadingWorker(ABC):
     is computed from that pytree afterwards. That is what makes freed blocks safe to reuse in the same step.
     """
 
+    @property
+    def layout_fingerprint(self) -> str:
+        """Names how the bytes of a chunk are arranged; workers with different names share no chunk."""
+        return ""
+
     def warm_up(self, kv_caches: Any, max_blocks: int) -> Any:
         """Compile what jobs of up to ``max_blocks`` blocks a group need; returns the pytree to go on with."""
         return kv_caches

@@ -51,6 +51,11 @@ class HostOffloadingWorker(OffloadingWorker):
         self._blocks_per_chunk = blocks_per_chunk
         self._running: dict[JobId, _RunningJob] = {}
 
+    @property
+    def layout_fingerprint(self) -> str:
+        """See ``OffloadingWorker``."""
+        return self._transfer.canonical.fingerprint
+
     def warm_up(self, kv_caches: Any, max_blocks: int) -> Any:
         """See ``OffloadingWorker``."""
         return self._transfer.warm_up(kv_caches, max_blocks)

@@ -19,14 +19,14 @@ from jaxkv.connector import (
     SchedulerOutput,
 )
 from jaxkv.errors import ConfigError
-from jaxkv.keys import BlockHash, chain_root
+from jaxkv.keys import BlockHash
 from jaxkv.replay.trace import TraceRequest, chain_hashes
 from jaxkv.serving.cache_manager import CacheManager
 from jaxkv.serving.chunking import Chunk, ChunkRules, chunk_choices
 from jaxkv.serving.request import Request
 from jaxkv.spec import KVCacheConfig, MambaSpec
 
-_ROOT = chain_root("jaxkv.replay")
+_ROOT = BlockHash(b"jaxkv.replay")
 
 
 @final
@@ -49,6 +49,7 @@ class _Request:
     num_tokens: int
     block_hashes: Sequence[BlockHash]
     num_computed_tokens: int = 0
+    skip_reading_prefix_cache: bool = False
 
 
 @final

@@ -114,6 +114,8 @@ class CacheManager:
 
     def find_hit(self, request: Request) -> int:
         """Tokens of the longest prefix that every group holds; at least one token is left to compute."""
+        if request.skip_reading_prefix_cache:
+            return 0
 
         def present(group: GroupId, index: int) -> bool:
             return self._find(request, group, index) is not None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import final
 
 from jaxkv.errors import ConfigError
+from jaxkv.hash_chain import HASH_NAME
 from jaxkv.serving.sizing import DEFAULT_PREFILL_SHAPES
 
 
@@ -17,8 +18,9 @@ class EngineConfig:
 
     ``max_num_seqs`` requests hold blocks at once. ``max_model_len`` caps prompt plus new tokens and fixes the
     table width; ``None`` takes the model's. ``prefill_shapes`` are the token counts prefill is compiled for.
-    ``prefill_budget`` caps prompt tokens of one step; ``None`` takes the largest shape. ``salt`` separates
-    tenants in the cache keys.
+    ``prefill_budget`` caps prompt tokens of one step; ``None`` takes the largest shape. Keys of what is
+    cached differ with ``weights_revision``, which tells weights from others of the same model, and with
+    ``salt``, which separates tenants; ``hash_name`` is ``"blake2b-128"`` or ``"blake2b-256"``.
     """
 
     max_num_seqs: int = 8
@@ -26,7 +28,9 @@ class EngineConfig:
     prefill_shapes: tuple[int, ...] = DEFAULT_PREFILL_SHAPES
     prefill_budget: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    weights_revision: str = ""
     salt: str = ""
+    hash_name: str = HASH_NAME
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:

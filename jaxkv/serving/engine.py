@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxkv.connector.base import KVConnectorBase, KVConnectorMetadata, KVConnectorOutput
-from jaxkv.errors import DeletedCacheError, RequestError
-from jaxkv.keys import chain_root
+from jaxkv.errors import ConfigError, DeletedCacheError, RequestError
+from jaxkv.fingerprint import cache_fingerprint
+from jaxkv.hash_chain import ChainRoot, HashChain, TokenIds
+from jaxkv.key_parts import CacheKeyParts
 from jaxkv.serving.batch import make_sampling_batch, make_step_batch
 from jaxkv.serving.cache_manager import CacheManager
 from jaxkv.serving.chunking import ChunkRules
@@ -54,7 +56,6 @@ class LLMEngine:
         self.max_model_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
         self.kv_caches: KVCaches = model.init_caches(cache_config)
         self._model = model
-        self._hash_root = chain_root(_fingerprint(model, cache_config), config.salt)
         self._cache = CacheManager(cache_config, self.max_model_len)
         self._programs = StepPrograms(model)
         self._ids = itertools.count()
@@ -74,30 +75,41 @@ class LLMEngine:
             prefill_budget=config.prefill_budget or config.prefill_shapes[-1],
         )
         self.connector.register_kv_caches(self.kv_caches)
+        self._weights_revision = config.weights_revision
+        self._chain_root = self._make_chain_root()
 
     # -- requests ---------------------------------------------------------------------------------------
 
     def add_request(
         self,
-        prompt_ids: Sequence[int],
+        prompt_ids: TokenIds,
         params: SamplingParams | None = None,
         request_id: str | None = None,
+        *,
+        key_parts: CacheKeyParts | None = None,
+        kv_transfer_params: Mapping[str, Any] | None = None,
     ) -> str:
         """Queue a prompt and answer its id.
 
-        Raises ``RequestError`` for an empty prompt, unknown tokens, a used id, or a request that the
-        model or the whole cache is too small for.
+        ``key_parts`` say what shapes the request's cached bytes beside its tokens, such as its salt or
+        adapter; ``kv_transfer_params`` what it asks of the connector, see ``RequestParams``.
+
+        Raises ``RequestError`` for an empty prompt, unknown tokens, a used id, parts beyond the prompt, or a
+        request that the model or the whole cache is too small for.
         """
         params = SamplingParams() if params is None else params
         if request_id is None:
             request_id = next(key for key in map(str, self._ids) if key not in self._scheduler)
-        self._check_request(prompt_ids, params, request_id)
+        prompt = np.asarray(prompt_ids)
+        parts = CacheKeyParts() if key_parts is None else key_parts
+        self._check_request(prompt, params, request_id)
+        _check_parts(parts, len(prompt))
         request = Request(
             request_id,
-            prompt_ids,
+            prompt,
             params,
-            hash_root=self._hash_root,
-            hash_block_size=self.cache_config.hash_block_size,
+            chain=HashChain(self._chain_root, parts),
+            kv_transfer_params=kv_transfer_params,
             arrival_s=time.perf_counter(),
         )
         self._scheduler.add(request)
@@ -176,6 +188,34 @@ class LLMEngine:
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes of the device; the connector keeps what it stored."""
         self._cache.clear_cache()
+
+    def set_weights_revision(self, weights_revision: str) -> None:
+        """The model's weights changed: nothing that was cached before is hit from now on.
+
+        What the connector stored stays where it is, under the old revision, until it is evicted or the
+        weights of that revision are back. Makes steps until the stores under way have ended. Raises
+        ``RequestError`` while requests are unfinished, for they would mix both, and ``ConfigError`` for the
+        revision there is.
+        """
+        if self.has_unfinished_requests:
+            raise RequestError(
+                f"requests {list(self._scheduler.unfinished_ids)} were computed with the old weights; finish "
+                "or abort them first"
+            )
+        if weights_revision == self._weights_revision:
+            raise ConfigError(
+                f"the weights are {weights_revision!r} already; give changed weights a name of their own"
+            )
+        self.flush()
+        self._cache.clear_cache()
+        self._weights_revision = weights_revision
+        self._chain_root = self._make_chain_root()
+
+    def _make_chain_root(self) -> ChainRoot:
+        config, caches = self.config, self.cache_config
+        layout = self.connector.layout_fingerprint
+        fingerprint = cache_fingerprint(self._model.name, self._weights_revision, caches, layout)
+        return ChainRoot(fingerprint, caches.hash_block_size, config.salt, config.hash_name)
 
     def shutdown(self) -> None:
         """Abort what runs, let transfers end and shut the connector down, which an error does not prevent.
@@ -322,18 +362,20 @@ class LLMEngine:
 
     # -- checks -----------------------------------------------------------------------------------------
 
-    def _check_request(self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str) -> None:
+    def _check_request(self, prompt_ids: npt.NDArray[Any], params: SamplingParams, request_id: str) -> None:
         if request_id in self._scheduler:
             raise RequestError(
                 f"request id {request_id!r} is in use; choose another or wait until it is over"
             )
         if len(prompt_ids) == 0:
             raise RequestError("the prompt is empty; pass at least one token")
-        vocab_size = self._model.vocab_size
-        if not 0 <= min(prompt_ids) <= max(prompt_ids) < vocab_size:
+        if prompt_ids.ndim != 1 or prompt_ids.dtype.kind not in "iu":
             raise RequestError(
-                f"prompt tokens must lie in [0, {vocab_size}), got {min(prompt_ids)} to {max(prompt_ids)}"
+                f"a prompt is a list of whole numbers, got {prompt_ids.dtype}{prompt_ids.shape}"
             )
+        lowest, highest, vocab_size = prompt_ids.min(), prompt_ids.max(), self._model.vocab_size
+        if not 0 <= lowest <= highest < vocab_size:
+            raise RequestError(f"prompt tokens must lie in [0, {vocab_size}), got {lowest} to {highest}")
         num_tokens = len(prompt_ids) + params.max_new_tokens
         if num_tokens > self.max_model_len:
             raise RequestError(
@@ -360,10 +402,12 @@ def _chunk_rules(config: EngineConfig, cache_config: KVCacheConfig) -> ChunkRule
     )
 
 
-def _fingerprint(model: Model, cache_config: KVCacheConfig) -> str:
-    """Names everything that shapes the cached bytes; block counts do not."""
-    groups = [(group.layer_names, repr(group.spec)) for group in cache_config.groups]
-    return f"{model.name}|{groups}"
+def _check_parts(parts: CacheKeyParts, num_tokens: int) -> None:
+    if parts.end_token > num_tokens:
+        raise RequestError(
+            f"an input or embedding of the request ends at token {parts.end_token}, but its prompt has "
+            f"{num_tokens} tokens; give places in the prompt as it was passed"
+        )
 
 
 def _is_lost(kv_caches: KVCaches) -> bool:

@@ -39,7 +39,7 @@ class Model(Protocol):
 
     @property
     def name(self) -> str:
-        """Model and weights revision; part of the cache fingerprint."""
+        """The model; part of the cache fingerprint, beside ``EngineConfig.weights_revision``."""
 
     @property
     def vocab_size(self) -> int:

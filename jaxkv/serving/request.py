@@ -6,16 +6,18 @@ Knows nothing of blocks or queues; those belong to the cache manager and the sch
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
 
 from jaxkv.errors import RequestError
-from jaxkv.keys import BlockHash, hash_block
+from jaxkv.hash_chain import HashChain, TokenIds
+from jaxkv.key_parts import CacheKeyParts
+from jaxkv.keys import BlockHash
 
 
 @final
@@ -26,7 +28,8 @@ class SamplingParams:
     ``temperature == 0`` takes the most likely token; above it, token ``i`` of the sequence is drawn with a
     key made of ``seed`` and ``i`` alone, so that batch mates do not change it. ``stop_token_ids`` end the
     request, with the token kept; the engine's end-of-sequence tokens do so too unless ``ignore_eos``.
-    ``return_logits`` copies the logits of every generated token to the host.
+    ``return_logits`` copies the logits of every generated token to the host. ``skip_reading_prefix_cache``
+    computes every token of the prompt, for those who need something of each; what is computed is cached.
     """
 
     max_new_tokens: int = 16
@@ -35,6 +38,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     return_logits: bool = False
+    skip_reading_prefix_cache: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -86,6 +90,7 @@ class RequestOutput:
 class Request:
     """A request on its way; satisfies ``jaxkv.connector.protocols.Request``.
 
+    ``chain`` is an empty one, which the request makes its own. ``kv_transfer_params`` are for the connector.
     ``num_computed_tokens`` counts the tokens whose KV or state the device holds. ``device_hit_tokens`` and
     ``host_hit_tokens`` are set by the scheduler at the first admission.
     """
@@ -93,16 +98,18 @@ class Request:
     def __init__(
         self,
         request_id: str,
-        prompt_ids: Sequence[int],
+        prompt_ids: TokenIds,
         params: SamplingParams,
         *,
-        hash_root: BlockHash,
-        hash_block_size: int,
+        chain: HashChain,
+        kv_transfer_params: Mapping[str, Any] | None = None,
         arrival_s: float,
     ) -> None:
+        prompt = np.asarray(prompt_ids)
+        chain.extend(prompt)
         self.request_id = request_id
         self.params = params
-        self.token_ids = [int(token) for token in prompt_ids]
+        self.token_ids: list[int] = prompt.tolist()
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
         self.device_hit_tokens: int | None = None
@@ -111,10 +118,19 @@ class Request:
         self.arrival_s = arrival_s
         self.first_token_s: float | None = None
         self.logits: list[npt.NDArray[np.float32]] = []
-        self.block_hashes: list[BlockHash] = []
-        self._hash_root = hash_root
-        self._hash_block_size = hash_block_size
-        self._extend_hashes()
+        self.kv_transfer_params = kv_transfer_params
+        self.block_hashes: list[BlockHash] = chain.block_hashes
+        self._chain = chain
+
+    @property
+    def key_parts(self) -> CacheKeyParts:
+        """What shapes its cached bytes beside its tokens."""
+        return self._chain.parts
+
+    @property
+    def skip_reading_prefix_cache(self) -> bool:
+        """Whether every token of the prompt is to be computed."""
+        return self.params.skip_reading_prefix_cache
 
     @property
     def num_tokens(self) -> int:
@@ -131,7 +147,7 @@ class Request:
         self.token_ids.append(token_id)
         if self.first_token_s is None:
             self.first_token_s = now_s
-        self._extend_hashes()
+        self._chain.extend((token_id,))
 
     def is_complete(self, eos_token_ids: frozenset[int]) -> bool:
         """Whether the last generated token ends the request."""
@@ -166,10 +182,3 @@ class Request:
         return RequestOutput(
             self.request_id, self.status, tuple(self.output_ids), metrics, tuple(self.logits)
         )
-
-    def _extend_hashes(self) -> None:
-        size = self._hash_block_size
-        while (len(self.block_hashes) + 1) * size <= self.num_tokens:
-            parent = self.block_hashes[-1] if self.block_hashes else self._hash_root
-            first = len(self.block_hashes) * size
-            self.block_hashes.append(hash_block(parent, self.token_ids[first : first + size]))
