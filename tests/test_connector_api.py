@@ -5,6 +5,7 @@ import pytest
 from connector_loop import Loop, LoopRequest, hybrid_config, make_caches
 
 from jaxkv.connector import (
+    AllBlocksCleared,
     KVConnectorMetadata,
     OffloadingConfig,
     OffloadingConnector,
@@ -184,15 +185,14 @@ def test_only_blocks_behind_the_device_hit_are_loaded():
 
 
 def test_events_tell_groups_and_hashes_apart():
-    loop = Loop()
+    loop = Loop(enable_events=True)
     first = loop.serve("first", PROMPT[:9])
     loop.connector.reset_cache()
-    events = list(loop.connector.take_events())
-    assert [(event.group, event.removed) for event in events] == [
-        (group, removed) for removed in (False, True) for group in range(3)
-    ]
-    assert events[0].block_hashes == tuple(first.block_hashes[:2])
-    assert (events[2].tokens_per_chunk, events[2].block_hashes) == (8, (first.block_hashes[1],))
+    *stored, cleared = loop.connector.take_events()
+    assert [event.group_idx for event in stored] == [0, 1, 2]
+    assert stored[0].block_hashes == tuple(first.block_hashes[:2])
+    assert (stored[2].block_size, stored[2].block_hashes) == (8, (first.block_hashes[1],))
+    assert cleared == AllBlocksCleared()
     assert not loop.connector.take_events()
     loop.close()
 

@@ -10,13 +10,22 @@ from jaxkv.connector.base import (
 )
 from jaxkv.connector.config import OffloadingConfig
 from jaxkv.connector.connector import OffloadingConnector
-from jaxkv.connector.events import KVCacheEvent
+from jaxkv.connector.events import (
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    KVCacheEvent,
+    event_to_json,
+)
 from jaxkv.connector.histogram import HistogramStats
 from jaxkv.connector.metrics import ConnectorStats, GroupStats
 from jaxkv.connector.protocols import BlockTables, Request, SchedulerOutput
 from jaxkv.connector.sizes import parse_bytes
 
 __all__ = [
+    "AllBlocksCleared",
+    "BlockRemoved",
+    "BlockStored",
     "BlockTables",
     "ConnectorStats",
     "GroupStats",
@@ -32,5 +41,6 @@ __all__ = [
     "OffloadingConnector",
     "Request",
     "SchedulerOutput",
+    "event_to_json",
     "parse_bytes",
 ]

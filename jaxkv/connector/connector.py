@@ -15,7 +15,7 @@ from jaxkv.connector.base import (
 )
 from jaxkv.connector.chunks import ChunkedCaches
 from jaxkv.connector.config import OffloadingConfig
-from jaxkv.connector.events import KVCacheEvent
+from jaxkv.connector.events import EventLog, KVCacheEvent
 from jaxkv.connector.metadata import OffloadingConnectorMetadata, OffloadingWorkerMetadata
 from jaxkv.connector.metrics import ConnectorStats
 from jaxkv.connector.protocols import BlockTables, Request, SchedulerOutput
@@ -55,8 +55,9 @@ class OffloadingConnector(KVConnectorBase):
         caches = ChunkedCaches(kv_cache_config, config.blocks_per_chunk)
         self._spec = spec if spec is not None else _make_spec(config, kv_cache_config, hints or {})
         claim(self._spec)
+        events = EventLog(caches, enabled=config.enable_events, self_describing=config.self_describing_events)
         self._open_scheduler: OffloadingScheduler | None = OffloadingScheduler(
-            caches, self._spec.get_manager(), offload_prompt_only=config.offload_prompt_only
+            caches, self._spec.get_manager(), events, offload_prompt_only=config.offload_prompt_only
         )
         self._blocks_per_chunk = config.blocks_per_chunk
         self._open_worker: OffloadingConnectorWorker | None = None

@@ -16,7 +16,8 @@ class Request(Protocol):
     """A request as the connector sees it (vLLM: ``vllm.v1.request.Request``).
 
     Further attributes are read where a request has them: ``kv_transfer_params`` and
-    ``skip_reading_prefix_cache``, see ``RequestParams``.
+    ``skip_reading_prefix_cache``, see ``RequestParams``; for events that describe themselves its tokens, as
+    ``all_token_ids`` or ``token_ids``, and ``key_parts``, a ``CacheKeyParts``.
     """
 
     @property

@@ -14,7 +14,7 @@ from typing import final
 
 from jaxkv.connector.base import KVConnectorOutput
 from jaxkv.connector.chunks import ChunkedCaches, ChunkId
-from jaxkv.connector.events import KVCacheEvent, describe_events
+from jaxkv.connector.events import EventLog, KVCacheEvent
 from jaxkv.connector.jobs import Job, JobKind, JobTable, device_blocks
 from jaxkv.connector.lookup import Deferral, Hit, find_hit
 from jaxkv.connector.metadata import OffloadingConnectorMetadata, OffloadingWorkerMetadata
@@ -37,10 +37,16 @@ class OffloadingScheduler:
     """Keeps one state per request and one table of jobs; asks the manager for everything else."""
 
     def __init__(
-        self, caches: ChunkedCaches, manager: OffloadingManager, *, offload_prompt_only: bool
+        self,
+        caches: ChunkedCaches,
+        manager: OffloadingManager,
+        events: EventLog,
+        *,
+        offload_prompt_only: bool,
     ) -> None:
         self._caches = caches
         self._manager = manager
+        self._events = events
         self._metrics = Metrics(caches)
         self._jobs = JobTable()
         self._stores = StorePlanner(
@@ -301,7 +307,7 @@ class OffloadingScheduler:
 
     def take_events(self) -> Sequence[KVCacheEvent]:
         """See ``KVConnectorBase``."""
-        return tuple(describe_events(self._caches, self._manager.take_events()))
+        return self._events.take(self._manager)
 
     def get_stats(self) -> ConnectorStats:
         """See ``KVConnectorBase``."""
@@ -314,7 +320,7 @@ class OffloadingScheduler:
             if state.tenure is not None:
                 state.tenure.skip_to_present(self._caches)
         self._retired.clear()
-        self._manager.reset_cache()
+        self._events.reset(self._manager)
 
     def leaks(self) -> list[str]:
         """What is still held though nothing runs, one sentence each; empty when all is well."""
