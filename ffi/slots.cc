@@ -48,7 +48,6 @@ bool SlotPool::Cut(int64_t slab_bytes) {
   num_slabs_ = num_slabs;
   slabs_ = std::vector<Slab>();
   idle_ = std::vector<uint32_t>();
-  with_room_.clear();
   return true;
 }
 
@@ -168,7 +167,6 @@ int64_t SlotPool::SlabOf(int64_t offset) const {
 }
 
 std::optional<SlotPool::Place> SlotPool::Find(SlotRef slot) const {
-  if (slot.offset < 0) return std::nullopt;
   const auto index = static_cast<uint64_t>(slot.offset / slab_bytes_);
   if (index >= slabs_.size()) return std::nullopt;
   const Slab& slab = slabs_[index];

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxkv import host_pool
+from jaxkv import slots as slots_module
 from jaxkv.canonical import CanonicalKVCaches, canonicalize
 from jaxkv.errors import (
     SlotError,
@@ -20,7 +22,7 @@ from jaxkv.host_pool import HostPool
 from jaxkv.keys import GroupId
 from jaxkv.spec import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from jaxkv.testing import LAYOUT_CASES, LayoutCase, assert_same_caches, layout_case, numpy_copy
-from jaxkv.transfer import BlockTransfer, Ticket, ops
+from jaxkv.transfer import BlockTransfer, Ticket, block_transfer, ops
 from jaxkv.transfer.backends import CpuMover
 from jaxkv.transfer.checks import make_entries
 from jaxkv.transfer.status import make_status
@@ -293,6 +295,42 @@ def test_kept_slots_stay_until_they_are_released(pool: HostPool) -> None:
     assert pool.used_bytes == 0
     with pytest.raises(SlotError, match="was freed"):
         transfer.release(kept)
+
+
+@pytest.mark.parametrize("form", [lambda lease: lease, lambda lease: lease.keep(), list, tuple], ids=range(4))
+def test_slots_in_any_form_are_the_same_chunks(form: Any, pool: HostPool) -> None:
+    kv_caches, canonical, transfer = set_up(layout_case("packed_kv"), pool)
+    ids = some_blocks(canonical.groups[0].num_blocks)
+    before = numpy_copy(kv_caches)
+    with transfer.reserve(GroupId(0), len(ids)) as lease:
+        slots = form(lease)
+        assert transfer.offload(kv_caches, GroupId(0), ids, slots).wait().error is None
+        assert transfer.prefetch(GroupId(0), slots).wait().error is None
+        kv_caches = jax.tree.map(jnp.zeros_like, kv_caches)
+        kv_caches, ticket = transfer.restore(kv_caches, GroupId(0), ids, slots)
+        assert ticket.wait().error is None
+        restored = numpy_copy(kv_caches)
+        transfer.release(slots)
+        lease.keep()
+    assert pool.used_bytes == 0
+    for name, leaf in restored.items():
+        assert leaf[ids].tobytes() == before[name][ids].tobytes()
+
+
+def test_a_transfer_of_many_slots_makes_an_object_of_none(
+    pool: HostPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kv_caches, canonical, transfer = set_up(layout_case("packed_kv"), pool)
+    ids = some_blocks(canonical.groups[0].num_blocks)
+    for module in (slots_module, host_pool, block_transfer):
+        monkeypatch.delattr(module, "Slot")
+    with transfer.reserve(GroupId(0), len(ids)) as slots:
+        assert transfer.offload(kv_caches, GroupId(0), ids, slots).wait().error is None
+        kv_caches, ticket = transfer.restore(kv_caches, GroupId(0), ids, slots[:])
+        assert ticket.wait().error is None
+        with pytest.raises(NameError):
+            _ = slots[0]
+    assert pool.used_bytes == 0
 
 
 def test_a_slot_freed_during_its_transfer_comes_back_when_the_ticket_ends(pool: HostPool) -> None:

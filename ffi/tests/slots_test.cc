@@ -112,6 +112,16 @@ void CheckWrongSlots() {
   assert(pool.Free(nullptr, 0) && pool.Pin(nullptr, 0) && pool.Reserve(600, 0, nullptr));
 }
 
+void CheckSlotsNeverTouched() {
+  SlotPool pool(20480, 20480);
+  const SlotRef first = *pool.Reserve(8192);
+  const SlotRef second = *pool.Reserve(8192);
+  for (const int64_t offset : {16384, 20479, 20480}) assert(!pool.IsLive({offset, first.epoch}));
+  assert(pool.Free(second) && !pool.IsLive(second));
+  assert(Refuses<std::logic_error>([&] { pool.Unpin(&second, 1); }));
+  assert(pool.Reserve(8192)->offset == second.offset && !pool.Reserve(8192));
+}
+
 void CheckPins() {
   SlotPool pool(2 * 4096, 4096);
   const std::vector<SlotRef> slots = Reserve(pool, 4096, 2);
@@ -239,6 +249,7 @@ int main() {
   CheckSizes();
   CheckOrder();
   CheckWrongSlots();
+  CheckSlotsNeverTouched();
   CheckPins();
   CheckCut();
   CheckRandom();
