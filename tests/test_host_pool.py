@@ -263,6 +263,26 @@ def test_a_freed_slot_is_not_given_away_while_it_is_viewed() -> None:
         pool.free(second)
 
 
+def test_a_view_may_end_in_the_garbage_collector_while_the_pool_is_locked() -> None:
+    with HostPool(4096) as pool:
+        slot = pool.reserve_slots(4096, 1)[0]
+        cycle: list[object] = [pool.view(slot)]
+        cycle.append(cycle)
+        pool.free(slot)
+        del cycle
+        used_bytes: list[int] = []
+
+        def collect() -> None:
+            with pool._lock:
+                gc.collect()
+                used_bytes.append(pool.slot_pool.used_bytes)
+
+        thread = threading.Thread(target=collect, daemon=True)
+        thread.start()
+        thread.join(timeout=60)
+        assert used_bytes == [0]
+
+
 def test_a_view_outlives_its_pool() -> None:
     pool = HostPool(4096)
     (slot,) = pool.reserve_slots(4096, 1)
