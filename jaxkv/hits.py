@@ -6,10 +6,9 @@ different stores, so both ask it here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import assert_never, final
+from typing import Protocol, assert_never, final
 
 from jaxkv.keys import GroupId
 from jaxkv.spec import (
@@ -21,8 +20,22 @@ from jaxkv.spec import (
     SlidingWindowSpec,
 )
 
-IsPresent = Callable[[GroupId, int], bool]
-"""Whether chunk ``index`` (counted from the start of the request) of a group can be read."""
+
+class Presence(Protocol):
+    """Which chunks of one request a store can read. Chunks are counted from the start of the request."""
+
+    def count_leading(self, group: GroupId, chunks: range) -> int:
+        """How many of ``chunks``, from the first on, are there before the first that is not."""
+
+    def count_trailing(self, group: GroupId, chunks: range) -> int:
+        """How many of ``chunks``, from the last one back, are there before the first that is not."""
+
+
+class TailPresence(Presence, Protocol):
+    """A store that also keeps last chunks of a prompt cut short where it ends."""
+
+    def has_tail(self, group: GroupId, end_tokens: int) -> bool:
+        """Whether the chunk that holds token ``end_tokens - 1`` is there as it was at ``end_tokens``."""
 
 
 @final
@@ -34,13 +47,22 @@ class HitGroup:
     tokens_per_chunk: int
 
 
-def required_chunks(group: HitGroup, boundary_tokens: int) -> tuple[int, ...]:
-    """Chunks, ascending, that stand for tokens ``[0, boundary_tokens)`` when the next token is computed.
+def required_chunks(group: HitGroup, boundary_tokens: int) -> tuple[range, range]:
+    """Whole chunks that stand for tokens ``[0, boundary_tokens)`` when the next token is computed.
 
-    ``boundary_tokens`` is a multiple of the group's chunk.
+    The first range holds attention sinks, the second what lies behind the unread tokens. Where
+    ``boundary_tokens`` is no multiple of the group's chunk, ``cut_chunk`` is needed as well.
     """
-    unread = _unread_chunks(group, boundary_tokens)
-    return (*range(unread.start), *range(unread.stop, boundary_tokens // group.tokens_per_chunk))
+    unread = unread_chunks(group, boundary_tokens)
+    return range(unread.start), range(unread.stop, boundary_tokens // group.tokens_per_chunk)
+
+
+def cut_chunk(group: HitGroup, boundary_tokens: int) -> int | None:
+    """The chunk that a boundary cuts, if the next token reads any of the part before it."""
+    start = boundary_tokens - boundary_tokens % group.tokens_per_chunk
+    unread = _unread_tokens(group.spec, boundary_tokens)
+    is_read = start < boundary_tokens and not (unread.start <= start and boundary_tokens <= unread.stop)
+    return boundary_tokens // group.tokens_per_chunk if is_read else None
 
 
 def unread_blocks(spec: LayerSpec, num_computed_tokens: int) -> range:
@@ -51,7 +73,8 @@ def unread_blocks(spec: LayerSpec, num_computed_tokens: int) -> range:
     return _whole_units(_unread_tokens(spec, num_computed_tokens), spec.block_size)
 
 
-def _unread_chunks(group: HitGroup, boundary_tokens: int) -> range:
+def unread_chunks(group: HitGroup, boundary_tokens: int) -> range:
+    """Chunks of which no token behind the boundary reads anything."""
     return _whole_units(_unread_tokens(group.spec, boundary_tokens), group.tokens_per_chunk)
 
 
@@ -86,9 +109,9 @@ def longest_hit(
     known_tokens: int,
     limit_tokens: int,
     alignment_tokens: int,
-    present: IsPresent,
+    presence: Presence,
 ) -> int:
-    """The largest boundary in ``[known_tokens, limit_tokens]`` that every group can serve.
+    """The largest aligned boundary in ``[known_tokens, limit_tokens]`` that every group can serve.
 
     ``known_tokens`` are held already by every group (0, or the device hit when the host is searched), so only
     chunks behind them are asked for. Answers ``known_tokens`` where nothing more can be served. Each group
@@ -99,7 +122,9 @@ def longest_hit(
     settled = 0
     while boundary > known_tokens and settled < len(groups):
         for index, group in enumerate(groups):
-            served = _largest_served(group, GroupId(index), known_tokens, boundary, alignment_tokens, present)
+            served = _largest_served(
+                group, GroupId(index), known_tokens, boundary, alignment_tokens, presence
+            )
             settled = settled + 1 if served == boundary else 1
             boundary = served
             if boundary <= known_tokens or settled >= len(groups):
@@ -107,20 +132,42 @@ def longest_hit(
     return max(boundary, known_tokens)
 
 
+def longest_tail(
+    groups: Sequence[HitGroup],
+    known_tokens: int,
+    boundaries: range,
+    presence: TailPresence,
+) -> int | None:
+    """The largest of ``boundaries`` (ascending) that every group can serve, with chunks cut short there."""
+    for boundary in reversed(boundaries):
+        if all(
+            _serves_tail(group, GroupId(index), known_tokens, boundary, presence)
+            for index, group in enumerate(groups)
+        ):
+            return boundary
+    return None
+
+
+def _serves_tail(
+    group: HitGroup, group_id: GroupId, known: int, boundary: int, presence: TailPresence
+) -> bool:
+    if _last_missing(group, group_id, known, boundary, presence) is not None:
+        return False
+    return cut_chunk(group, boundary) is None or presence.has_tail(group_id, boundary)
+
+
 def _largest_served(
-    group: HitGroup, group_id: GroupId, known: int, boundary: int, alignment: int, present: IsPresent
+    group: HitGroup, group_id: GroupId, known: int, boundary: int, alignment: int, presence: Presence
 ) -> int:
     """The largest aligned boundary in ``[known, boundary]`` that this group alone can serve."""
     match group.spec:
         case FullAttentionSpec() | MLAAttentionSpec():
-            chunk = known // group.tokens_per_chunk
-            while chunk < boundary // group.tokens_per_chunk and present(group_id, chunk):
-                chunk += 1
-            served = chunk * group.tokens_per_chunk
+            asked = range(known // group.tokens_per_chunk, boundary // group.tokens_per_chunk)
+            served = (asked.start + presence.count_leading(group_id, asked)) * group.tokens_per_chunk
             return max(known, served - served % alignment)
         case SlidingWindowSpec() | ChunkedLocalAttentionSpec() | MambaSpec():
             while boundary > known:
-                missing = _last_missing(group, group_id, known, boundary, present)
+                missing = _last_missing(group, group_id, known, boundary, presence)
                 if missing is None:
                     return boundary
                 # All boundaries between the missing chunk and this one need that chunk too.
@@ -132,14 +179,13 @@ def _largest_served(
 
 
 def _last_missing(
-    group: HitGroup, group_id: GroupId, known: int, boundary: int, present: IsPresent
+    group: HitGroup, group_id: GroupId, known: int, boundary: int, presence: Presence
 ) -> int | None:
-    """The last chunk that ``boundary`` needs, that ``known`` tokens do not cover and that is not present."""
+    """The last whole chunk that ``boundary`` needs, ``known`` tokens do not cover and is not there."""
     first_unknown = known // group.tokens_per_chunk
-    unread = _unread_chunks(group, boundary)
-    behind = range(max(unread.stop, first_unknown), boundary // group.tokens_per_chunk)
-    sinks = range(first_unknown, unread.start)
-    for chunk in chain(reversed(behind), reversed(sinks)):
-        if not present(group_id, chunk):
-            return chunk
+    for chunks in reversed(required_chunks(group, boundary)):
+        asked = range(max(chunks.start, first_unknown), chunks.stop)
+        found = presence.count_trailing(group_id, asked) if asked else 0
+        if found < len(asked):
+            return asked[-1 - found]
     return None

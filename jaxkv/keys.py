@@ -74,6 +74,19 @@ class KeyRun(Sequence[OffloadKey]):
         block_hashes = self.block_hashes
         return (OffloadKey(block_hashes[index] + suffix) for index in self.hashes)
 
+    def meets(self, other: KeyRun) -> bool:
+        """Whether both runs name a chunk that is the same. Takes constant time for runs of equal ``step``.
+
+        Hashes are chained: where the first link that both name differs, all behind it differ too.
+        """
+        if self.group != other.group:
+            return False
+        if self.hashes.step != other.hashes.step and min(len(self), len(other)) > 1:
+            return not set(self).isdisjoint(other)
+        first = max(self.hashes.start, other.hashes.start)
+        both_name_it = first in self.hashes and first in other.hashes
+        return both_name_it and self.block_hashes[first] == other.block_hashes[first]
+
 
 @final
 class KeyRuns(Sequence[OffloadKey]):

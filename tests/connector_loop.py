@@ -76,6 +76,7 @@ class LoopRequest:
     chain: HashChain = field(default_factory=lambda: HashChain(ChainRoot("loop", BLOCK)))
     host_hits: list[int] = field(default_factory=list)
     tables: list[list[int | None]] = field(default_factory=list)
+    kv_transfer_params: dict | None = None
 
     def __post_init__(self):
         self.num_prompt_tokens = len(self.tokens)
@@ -128,14 +129,14 @@ class Loop:
 
     # -- what tests call ----------------------------------------------------------------------------------
 
-    def add(self, name: str, tokens, max_new_tokens=1) -> LoopRequest:
-        request = LoopRequest(name, list(tokens), max_new_tokens)
+    def add(self, name: str, tokens, max_new_tokens=1, **params) -> LoopRequest:
+        request = LoopRequest(name, list(tokens), max_new_tokens, **params)
         self.connector.on_new_request(request)
         self.waiting.append(request)
         return request
 
-    def serve(self, name: str, tokens, max_new_tokens=1) -> LoopRequest:
-        request = self.add(name, tokens, max_new_tokens)
+    def serve(self, name: str, tokens, max_new_tokens=1, **params) -> LoopRequest:
+        request = self.add(name, tokens, max_new_tokens, **params)
         self.run()
         return request
 

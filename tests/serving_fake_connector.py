@@ -7,6 +7,7 @@ a load that has not landed hold poison, so that whoever reads them early compute
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain, takewhile
 
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +47,21 @@ class Load:
     fails: bool
 
 
+class HostChunks:
+    """Which chunks of a request the fake connector holds."""
+
+    def __init__(self, connector, request):
+        self.connector = connector
+        self.request = request
+
+    def count_leading(self, group, chunks):
+        key = self.connector._key
+        return sum(1 for _ in takewhile(lambda i: key(self.request, group, i) in self.connector.host, chunks))
+
+    def count_trailing(self, group, chunks):
+        return self.count_leading(group, chunks[::-1])
+
+
 class FakeConnector(KVConnectorBase):
     """``load_steps=None`` loads in the step itself; a number delays the landing by so many steps."""
 
@@ -81,7 +97,7 @@ class FakeConnector(KVConnectorBase):
             num_computed_tokens,
             request.num_tokens - 1,
             self.config.alignment_tokens,
-            lambda group, index: self._key(request, group, index) in self.host,
+            HostChunks(self, request),
         )
         self.promised[request.request_id] = (num_computed_tokens, hit)
         return hit - num_computed_tokens, self.load_steps is not None
@@ -96,7 +112,7 @@ class FakeConnector(KVConnectorBase):
             known, hit = self.promised[request.request_id]
             pages = []
             for group, spec in enumerate(self.groups):
-                for index in required_chunks(spec, hit):
+                for index in chain.from_iterable(required_chunks(spec, hit)):
                     if index >= known // spec.tokens_per_chunk:
                         assert blocks[group][index] is not None
                         key = self._key(request, group, index)

@@ -85,11 +85,20 @@ def test_generated_tokens_are_stored_only_when_asked_for():
     assert turns == {True: [16], False: [48]}
 
 
-def test_chunks_that_are_held_are_touched_and_not_stored_again():
+def test_chunks_that_were_loaded_are_not_offered_again():
     loop = Loop()
     loop.serve("first", PROMPT)
     stored = [group.stored_chunks for group in loop.connector.get_stats().groups]
     loop.serve("second", PROMPT)
+    assert [group.stored_chunks for group in loop.connector.get_stats().groups] == stored
+    assert "held" not in skipped(loop, 0)
+
+
+def test_request_that_wants_all_its_chunks_offered_stores_none_twice():
+    loop = Loop()
+    loop.serve("first", PROMPT)
+    stored = [group.stored_chunks for group in loop.connector.get_stats().groups]
+    loop.serve("second", PROMPT, kv_transfer_params={"offload_policy": "request_level"})
     assert [group.stored_chunks for group in loop.connector.get_stats().groups] == stored
     assert skipped(loop, 0)["held"] == 12
     loop.close()

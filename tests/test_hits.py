@@ -1,11 +1,13 @@
 """The longest hit equals brute force over what each kind of layer reads."""
 
+from itertools import chain, takewhile
+
 import jax.numpy as jnp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxkv.hits import HitGroup, longest_hit, required_chunks, unread_blocks
+from jaxkv.hits import HitGroup, longest_hit, longest_tail, required_chunks, unread_blocks
 from jaxkv.spec import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
@@ -44,6 +46,29 @@ def specs(draw, block_size):
     if kind is window:
         return window(draw(SIZES), block_size, draw(st.sampled_from([0, 1, 5, 8, 13, 30])))
     return local(draw(SIZES), block_size) if kind is local else kind(block_size)
+
+
+class Table:
+    """A store that holds the chunks ``(group, index)`` of a set; remembers what it was asked for."""
+
+    def __init__(self, held, tails=()):
+        self.held = held
+        self.tails = set(tails)
+        self.asked = []
+
+    def count_leading(self, group, chunks):
+        self.asked.extend((group, chunk) for chunk in chunks)
+        return sum(1 for _ in takewhile(lambda chunk: (group, chunk) in self.held, chunks))
+
+    def count_trailing(self, group, chunks):
+        return self.count_leading(group, chunks[::-1])
+
+    def has_tail(self, group, end_tokens):
+        return (group, end_tokens) in self.tails
+
+
+def flat(ranges):
+    return tuple(chain.from_iterable(ranges))
 
 
 def tokens_read_next(spec, boundary):
@@ -92,7 +117,7 @@ def hit_questions(draw):
 @given(hit_questions())
 def test_longest_hit_is_the_largest_boundary_every_group_can_serve(question):
     groups, known, limit, alignment, table = question
-    hit = longest_hit(groups, known, limit, alignment, lambda group, chunk: (group, chunk) in table)
+    hit = longest_hit(groups, known, limit, alignment, Table(table))
     assert hit == brute_force_hit(groups, known, limit, alignment, table)
 
 
@@ -100,14 +125,9 @@ def test_longest_hit_is_the_largest_boundary_every_group_can_serve(question):
 @given(hit_questions())
 def test_longest_hit_never_asks_for_chunks_held_already_or_past_the_limit(question):
     groups, known, limit, alignment, table = question
-    asked = []
-
-    def present(group, chunk):
-        asked.append((group, chunk))
-        return (group, chunk) in table
-
-    longest_hit(groups, known, limit, alignment, present)
-    for group, chunk in asked:
+    presence = Table(table)
+    longest_hit(groups, known, limit, alignment, presence)
+    for group, chunk in presence.asked:
         size = groups[group].tokens_per_chunk
         assert known < (chunk + 1) * size <= limit
 
@@ -154,7 +174,7 @@ def test_longest_hit_never_asks_for_chunks_held_already_or_past_the_limit(questi
     ],
 )
 def test_required_chunks_are_those_the_next_token_reads(spec, tokens_per_chunk, boundary, chunks):
-    assert required_chunks(HitGroup(spec, tokens_per_chunk), boundary) == tuple(chunks)
+    assert flat(required_chunks(HitGroup(spec, tokens_per_chunk), boundary)) == tuple(chunks)
 
 
 @given(st.data(), st.integers(1, 4), st.integers(1, 4), st.integers(0, 12))
@@ -162,7 +182,7 @@ def test_required_chunks_of_any_spec_are_those_the_next_token_reads(data, block_
     group = HitGroup(data.draw(specs(block_size)), block_size * blocks)
     boundary = index * group.tokens_per_chunk
     read = {token // group.tokens_per_chunk for token in tokens_read_next(group.spec, boundary)}
-    assert required_chunks(group, boundary) == tuple(sorted(read))
+    assert flat(required_chunks(group, boundary)) == tuple(sorted(read))
 
 
 @given(st.data(), st.integers(1, 8), st.integers(0, MAX_TOKENS))
@@ -178,37 +198,64 @@ def test_unread_blocks_are_those_no_later_token_reads(data, block_size, computed
 def test_hit_of_full_and_window_groups_stops_before_a_hole_in_the_window():
     groups = [HitGroup(full(), 4), HitGroup(window(6), 4)]
     table = {(0, c) for c in range(6)} | {(1, c) for c in (0, 1, 2, 4, 5)}
-    assert longest_hit(groups, 0, 24, 4, lambda g, c: (g, c) in table) == 24
+    assert longest_hit(groups, 0, 24, 4, Table(table)) == 24
     table.discard((1, 4))
-    assert longest_hit(groups, 0, 24, 4, lambda g, c: (g, c) in table) == 12
+    assert longest_hit(groups, 0, 24, 4, Table(table)) == 12
 
 
 def test_hit_of_a_state_group_ends_where_a_state_was_kept():
     groups = [HitGroup(full(), 4), HitGroup(mamba(), 4)]
     table = {(0, c) for c in range(6)} | {(1, 2)}
-    assert longest_hit(groups, 0, 24, 4, lambda g, c: (g, c) in table) == 12
+    assert longest_hit(groups, 0, 24, 4, Table(table)) == 12
 
 
 def test_hit_of_a_chunked_local_group_may_be_longer_than_one_it_cannot_serve():
     groups = [HitGroup(full(), 4), HitGroup(local(16), 4)]
     table = {(0, c) for c in range(8)} | {(1, 5)}
-    assert longest_hit(groups, 0, 12, 4, lambda g, c: (g, c) in table) == 0
-    assert longest_hit(groups, 0, 16, 4, lambda g, c: (g, c) in table) == 16
-    assert longest_hit(groups, 0, 32, 4, lambda g, c: (g, c) in table) == 32
+    assert longest_hit(groups, 0, 12, 4, Table(table)) == 0
+    assert longest_hit(groups, 0, 16, 4, Table(table)) == 16
+    assert longest_hit(groups, 0, 32, 4, Table(table)) == 32
     table.discard((0, 7))
-    assert longest_hit(groups, 0, 32, 4, lambda g, c: (g, c) in table) == 16
+    assert longest_hit(groups, 0, 32, 4, Table(table)) == 16
     table.add((1, 4))
-    assert longest_hit(groups, 0, 32, 4, lambda g, c: (g, c) in table) == 24
+    assert longest_hit(groups, 0, 32, 4, Table(table)) == 24
 
 
 def test_hit_of_a_window_with_sinks_ends_before_a_hole_in_the_sinks():
     groups = [HitGroup(window(6, sinks=7), 4)]
     table = {(0, c) for c in (0, 1, 4, 5)}
-    assert longest_hit(groups, 0, 24, 4, lambda g, c: (g, c) in table) == 24
+    assert longest_hit(groups, 0, 24, 4, Table(table)) == 24
     table.discard((0, 1))
-    assert longest_hit(groups, 0, 24, 4, lambda g, c: (g, c) in table) == 4
+    assert longest_hit(groups, 0, 24, 4, Table(table)) == 4
 
 
 def test_hit_falls_back_to_what_is_known_when_nothing_more_is_present():
-    assert longest_hit([HitGroup(full(), 4)], 8, 24, 4, lambda g, c: False) == 8
-    assert longest_hit([HitGroup(full(), 4)], 8, 6, 4, lambda g, c: True) == 8
+    assert longest_hit([HitGroup(full(), 4)], 8, 24, 4, Table(set())) == 8
+    assert longest_hit([HitGroup(full(), 4)], 8, 6, 4, Table({(0, c) for c in range(9)})) == 8
+
+
+@settings(max_examples=600)
+@given(hit_questions(), st.data())
+def test_longest_tail_is_the_largest_boundary_all_whole_and_cut_chunks_are_there_for(question, data):
+    groups, known, limit, _, table = question
+    tails = data.draw(
+        st.sets(st.tuples(st.integers(0, len(groups) - 1), st.integers(known, limit)), max_size=30)
+        if limit > known
+        else st.just(set())
+    )
+
+    def servable_cut(boundary):
+        for index, group in enumerate(groups):
+            size = group.tokens_per_chunk
+            read = {t // size for t in tokens_read_next(group.spec, boundary)}
+            whole = {c for c in read if known < (c + 1) * size <= boundary}
+            if any((index, c) not in table for c in whole):
+                return False
+            cut_is_read = bool(boundary % size) and boundary // size in read
+            if cut_is_read and (index, boundary) not in tails:
+                return False
+        return True
+
+    good = [boundary for boundary in range(known + 1, limit + 1) if servable_cut(boundary)]
+    found = longest_tail(groups, known, range(known + 1, limit + 1), Table(table, tails))
+    assert found == max(good, default=None)

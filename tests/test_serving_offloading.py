@@ -166,7 +166,7 @@ def test_a_step_that_breaks_off_leaves_no_job_or_request_in_the_connector(name, 
 
 
 def test_a_backend_that_never_answers_a_lookup_costs_time_and_no_request(monkeypatch):
-    monkeypatch.setattr("jaxkv.connector.scheduler.MAX_RETRY_S", 0.0)
+    monkeypatch.setattr("jaxkv.connector.loads.MAX_RETRY_S", 0.0)
     engine = make_engine()
     manager = engine.connector._spec.get_manager()
     prompt = random_prompt(0, 50)

@@ -89,7 +89,8 @@ class DenseCaches:
         """
         ids = np.full(self._whole_blocks(group, range(num_tokens)).size, -1, np.int32)
         spec = self.config.groups[group].spec
-        needed = np.array(required_chunks(HitGroup(spec, spec.block_size), num_tokens), np.int64)
+        ranges = required_chunks(HitGroup(spec, spec.block_size), num_tokens)
+        needed = np.concatenate([np.asarray(blocks, np.int64) for blocks in ranges])
         if needed.size * spec.block_size > self.row_slots[group]:
             raise BlockIdError(
                 f"the token behind the first {num_tokens} reads tokens from {needed[0] * spec.block_size} "

@@ -1,5 +1,6 @@
 """vLLM's KV connector API for JAX serving loops."""
 
+from jaxkv.connector.aggregate import KVOutputAggregator
 from jaxkv.connector.base import (
     KVCaches,
     KVConnectorBase,
@@ -19,8 +20,9 @@ from jaxkv.connector.events import (
 )
 from jaxkv.connector.histogram import HistogramStats
 from jaxkv.connector.metrics import ConnectorStats, GroupStats
-from jaxkv.connector.protocols import BlockTables, Request, SchedulerOutput
+from jaxkv.connector.protocols import BlockTables, PartialTailOffload, Request, SchedulerOutput
 from jaxkv.connector.sizes import parse_bytes
+from jaxkv.connector.worker import OffloadingConnectorWorker
 
 __all__ = [
     "AllBlocksCleared",
@@ -36,9 +38,12 @@ __all__ = [
     "KVConnectorMetadata",
     "KVConnectorOutput",
     "KVConnectorWorkerMetadata",
+    "KVOutputAggregator",
     "LoadFailure",
     "OffloadingConfig",
     "OffloadingConnector",
+    "OffloadingConnectorWorker",
+    "PartialTailOffload",
     "Request",
     "SchedulerOutput",
     "event_to_json",

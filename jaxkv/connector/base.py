@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, final
 
-from jaxkv.connector.protocols import BlockTables, Request, SchedulerOutput
+from jaxkv.connector.protocols import BlockTables, PartialTailOffload, Request, SchedulerOutput
 from jaxkv.keys import BlockId, GroupId
 
 KVCaches = Mapping[str, Any]
@@ -106,10 +106,28 @@ class KVConnectorBase(ABC):
         self,
         request: Request,
         block_ids: BlockTables,
-        partial_tail_offloads: Sequence[tuple[GroupId, int, BlockId]],
+        partial_tail_offloads: Sequence[PartialTailOffload],
     ) -> bool:
-        """Offer the incomplete last block of a finished request; ``True`` if the connector takes it."""
+        """Offer the states at the end of a request that is about to finish, before its blocks are freed.
+
+        With them the incomplete last blocks of all groups can be found again. ``True`` asks the loop to keep
+        the blocks until ``finished_sending`` names the request; jaxkv never does: what is offered is read
+        before anything can overwrite it.
+        """
         return False
+
+    def get_snapshot_boundaries(self, request: Request) -> tuple[int, ...]:
+        """Tokens, ascending, at which a step of this prompt should end, to leave a recurrent state there.
+
+        Those of the hits that later requests are expected to have; not in vLLM, whose own scheduler knows
+        them. A loop that ends its steps elsewhere loses hits, nothing else. Valid from admission on.
+        """
+        return ()
+
+    @property
+    def snapshot_interval_tokens(self) -> int:
+        """Hits end at multiples of this many tokens; long prompts leave states there. 1 means anywhere."""
+        return 1
 
     def has_pending_push_work(self) -> bool:
         """Whether the loop should go on making (empty) steps for the connector's sake."""

@@ -1,4 +1,10 @@
-"""The groups of a model cut into chunks: token ranges, blocks and keys of each. Pure."""
+"""The groups of a model cut into chunks: token ranges, blocks and keys of each. Pure.
+
+A chunk is named by the hash of the prefix that ends with it. What the drafter of an EAGLE or MTP model caches
+for a position depends on the token behind it as well, so chunks of its groups are named by the next link of
+the chain: whoever finds one shares that token too, and one whose last position may still be rewritten has no
+name yet.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +15,8 @@ from typing import final
 
 from jaxkv.errors import ConfigError
 from jaxkv.hits import HitGroup
-from jaxkv.keys import BlockHash, GroupId, OffloadKey, make_offload_key
+from jaxkv.keys import BlockHash, GroupId, KeyRun
 from jaxkv.spec import KVCacheConfig, MambaSpec
-
-
-@final
-@dataclass(frozen=True, slots=True, order=True)
-class ChunkId:
-    """Chunk ``index`` of a group, counted from the start of a request."""
-
-    group: GroupId
-    index: int
 
 
 @final
@@ -27,16 +24,17 @@ class ChunkId:
 class ChunkedCaches:
     """How the caches of one model fall into chunks of ``blocks_per_chunk`` blocks.
 
-    ``hit_groups`` are the groups as hit search sees them. A host hit ends at a multiple of
-    ``alignment_tokens``: a chunk boundary of every group. All sizes are worked out once, for a long request
-    asks for them thousands of times.
+    ``hit_groups`` are the groups as hit search sees them. Hits end at a multiple of ``alignment_tokens``, a
+    chunk boundary of every group, or (``keeps_tails``) at any multiple of ``tokens_per_hash`` where the
+    chunks it cuts were stored as they were there.
     """
 
     config: KVCacheConfig
     blocks_per_chunk: int
     hit_groups: tuple[HitGroup, ...] = field(init=False)
     alignment_tokens: int = field(init=False)
-    _tokens_per_hash: int = field(init=False)
+    tokens_per_hash: int = field(init=False)
+    _lookahead: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.blocks_per_chunk < 1:
@@ -44,32 +42,52 @@ class ChunkedCaches:
         groups = tuple(HitGroup(g.spec, g.block_size * self.blocks_per_chunk) for g in self.config.groups)
         object.__setattr__(self, "hit_groups", groups)
         object.__setattr__(self, "alignment_tokens", math.lcm(*(group.tokens_per_chunk for group in groups)))
-        object.__setattr__(self, "_tokens_per_hash", self.config.hash_block_size)
+        object.__setattr__(self, "tokens_per_hash", self.config.hash_block_size)
+        object.__setattr__(self, "_lookahead", tuple(int(g.is_eagle_group) for g in self.config.groups))
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups."""
+        return len(self.hit_groups)
+
+    @property
+    def keeps_tails(self) -> bool:
+        """Whether a prompt can end inside a chunk and still be found to its last link."""
+        return self.tokens_per_hash < self.alignment_tokens
 
     def hashed_tokens(self, block_hashes: Sequence[BlockHash]) -> int:
         """Tokens the hashes cover."""
-        return len(block_hashes) * self._tokens_per_hash
+        return len(block_hashes) * self.tokens_per_hash
 
     def tokens_per_chunk(self, group: GroupId) -> int:
         """Tokens of one chunk."""
         return self.hit_groups[group].tokens_per_chunk
 
-    def end_tokens(self, chunk: ChunkId) -> int:
-        """The token boundary at which a chunk ends."""
-        return (chunk.index + 1) * self.tokens_per_chunk(chunk.group)
+    def named_at_tokens(self, group: GroupId, end_tokens: int) -> int:
+        """Tokens that must be computed before a chunk that ends at ``end_tokens`` is final and has a name."""
+        return end_tokens + self._lookahead[group] * self.tokens_per_hash
 
-    def key(self, block_hashes: Sequence[BlockHash], chunk: ChunkId) -> OffloadKey:
-        """The key of a chunk whose tokens ``block_hashes`` cover: the hash that ends where the chunk ends."""
-        last = self.end_tokens(chunk) // self._tokens_per_hash - 1
-        return make_offload_key(block_hashes[last], chunk.group)
+    def num_named_chunks(self, group: GroupId, num_tokens: int) -> int:
+        """Whole chunks of ``group`` that have a name once ``num_tokens`` tokens are computed."""
+        named = num_tokens - self._lookahead[group] * self.tokens_per_hash
+        return max(0, named // self.tokens_per_chunk(group))
 
-    def blocks(self, chunk: ChunkId) -> range:
-        """Positions of the chunk's blocks in the group's table."""
-        first = chunk.index * self.blocks_per_chunk
-        return range(first, first + self.blocks_per_chunk)
+    def keys(self, block_hashes: Sequence[BlockHash], group: GroupId, chunks: range) -> KeyRun:
+        """Keys of neighbouring whole chunks that have names."""
+        step = self.tokens_per_chunk(group) // self.tokens_per_hash
+        first = (chunks.start + 1) * step - 1 + self._lookahead[group]
+        return KeyRun(block_hashes, group, first, step, len(chunks))
 
-    def payload_blocks(self, chunk: ChunkId) -> range:
-        """Those of ``blocks`` the chunk keeps the content of: the last one alone in a recurrent group."""
-        blocks = self.blocks(chunk)
-        is_state = isinstance(self.config.groups[chunk.group].spec, MambaSpec)
-        return blocks[-1:] if is_state else blocks
+    def tail_key(self, block_hashes: Sequence[BlockHash], group: GroupId, end_tokens: int) -> KeyRun:
+        """The key of the chunk that holds token ``end_tokens - 1``, cut short at ``end_tokens``."""
+        return KeyRun(
+            block_hashes, group, end_tokens // self.tokens_per_hash - 1 + self._lookahead[group], 1, 1
+        )
+
+    def blocks(self, chunks: range) -> range:
+        """Positions of the blocks of neighbouring chunks in the group's table."""
+        return range(chunks.start * self.blocks_per_chunk, chunks.stop * self.blocks_per_chunk)
+
+    def is_state(self, group: GroupId) -> bool:
+        """Whether a chunk keeps one recurrent state, that of its last block, and nothing of the others."""
+        return isinstance(self.config.groups[group].spec, MambaSpec)

@@ -18,8 +18,8 @@ from jaxkv.connector.config import OffloadingConfig
 from jaxkv.connector.events import EventLog, KVCacheEvent
 from jaxkv.connector.metadata import OffloadingConnectorMetadata, OffloadingWorkerMetadata
 from jaxkv.connector.metrics import ConnectorStats
-from jaxkv.connector.protocols import BlockTables, Request, SchedulerOutput
-from jaxkv.connector.scheduler import OffloadingScheduler
+from jaxkv.connector.protocols import BlockTables, PartialTailOffload, Request, SchedulerOutput
+from jaxkv.connector.scheduler import OffloadingScheduler, StorePolicy
 from jaxkv.connector.sizes import parse_bytes
 from jaxkv.connector.worker import OffloadingConnectorWorker
 from jaxkv.errors import ConnectorStateError
@@ -57,9 +57,14 @@ class OffloadingConnector(KVConnectorBase):
         claim(self._spec)
         events = EventLog(caches, enabled=config.enable_events, self_describing=config.self_describing_events)
         self._open_scheduler: OffloadingScheduler | None = OffloadingScheduler(
-            caches, self._spec.get_manager(), events, offload_prompt_only=config.offload_prompt_only
+            caches,
+            self._spec.get_manager(),
+            events,
+            StorePolicy(config.offload_prompt_only, config.retention_interval),
+            num_workers=config.num_workers,
         )
         self._blocks_per_chunk = config.blocks_per_chunk
+        self._snapshot_interval_tokens = caches.alignment_tokens
         self._open_worker: OffloadingConnectorWorker | None = None
         self._metadata: OffloadingConnectorMetadata | None = None
 
@@ -125,6 +130,25 @@ class OffloadingConnector(KVConnectorBase):
     ) -> tuple[bool, dict[str, Any] | None]:
         """See ``KVConnectorBase``. The connector's own tables serve; ``block_ids`` is not needed."""
         return self._scheduler.request_finished(request), None
+
+    def register_finished_partial_tail(
+        self,
+        request: Request,
+        block_ids: BlockTables,
+        partial_tail_offloads: Sequence[PartialTailOffload],
+    ) -> bool:
+        """See ``KVConnectorBase``. Raises ``RequestError`` for a boundary between links of the hash chain."""
+        self._scheduler.register_finished_partial_tail(request, partial_tail_offloads)
+        return False
+
+    def get_snapshot_boundaries(self, request: Request) -> tuple[int, ...]:
+        """See ``KVConnectorBase``."""
+        return self._scheduler.get_snapshot_boundaries(request)
+
+    @property
+    def snapshot_interval_tokens(self) -> int:
+        """See ``KVConnectorBase``."""
+        return self._snapshot_interval_tokens
 
     def has_pending_push_work(self) -> bool:
         """See ``KVConnectorBase``."""

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import final
 
 import numpy as np
 
-from jaxkv.connector.chunks import ChunkId
+from jaxkv.connector.spans import BlockIds
 from jaxkv.keys import GroupId, JobId, OffloadKey
 from jaxkv.offload.base import DeviceBlocks, JobResult, LoadStoreSpec, ReqContext, TransferJob
 
 
-def device_blocks(chunks: Iterable[tuple[ChunkId, Sequence[int]]]) -> tuple[DeviceBlocks, ...]:
+def device_blocks(parts: Iterable[tuple[GroupId, BlockIds]]) -> tuple[DeviceBlocks, ...]:
     """The device side of a job: the block ids of its chunks, which come group after group."""
-    by_group: dict[GroupId, list[int]] = {}
-    for chunk, block_ids in chunks:
-        by_group.setdefault(chunk.group, []).extend(block_ids)
-    return tuple(DeviceBlocks(group, np.array(ids, dtype=np.int32)) for group, ids in by_group.items())
+    by_group: dict[GroupId, list[BlockIds]] = {}
+    for group, block_ids in parts:
+        by_group.setdefault(group, []).append(block_ids)
+    return tuple(
+        DeviceBlocks(group, ids[0] if len(ids) == 1 else np.concatenate(ids))
+        for group, ids in by_group.items()
+    )
 
 
 class JobKind(Enum):
@@ -36,7 +39,7 @@ class Job:
 
     kind: JobKind
     ctx: ReqContext
-    keys: tuple[OffloadKey, ...]
+    keys: Sequence[OffloadKey]
     transfer: TransferJob
     reports: list[JobResult] = field(default_factory=list)
 
@@ -63,14 +66,14 @@ class JobTable:
         self,
         kind: JobKind,
         ctx: ReqContext,
-        keys: Collection[OffloadKey],
+        keys: Sequence[OffloadKey],
         blocks: Sequence[DeviceBlocks],
         spec: LoadStoreSpec,
     ) -> TransferJob:
         """Enter a new job."""
         transfer = TransferJob(JobId(self._next_id), ctx.req_id, tuple(blocks), spec)
         self._next_id += 1
-        self._jobs[transfer.job_id] = Job(kind, ctx, tuple(keys), transfer)
+        self._jobs[transfer.job_id] = Job(kind, ctx, keys, transfer)
         return transfer
 
     def cancel(self, job_id: JobId) -> Job:

@@ -1,16 +1,18 @@
-"""How far the host can continue a request's prefix, and which chunks that takes. Pure; pins nothing."""
+"""How far the host can continue a request's prefix, and which chunks that takes. Pins nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import final
 
-from jaxkv.connector.chunks import ChunkedCaches, ChunkId
-from jaxkv.hits import longest_hit, required_chunks
-from jaxkv.keys import BlockHash, GroupId, OffloadKey
-from jaxkv.offload.base import LookupResult
+from jaxkv.connector.chunks import ChunkedCaches
+from jaxkv.connector.spans import ChunkSpan, tail_span, whole_span
+from jaxkv.hits import cut_chunk, longest_hit, longest_tail, required_chunks
+from jaxkv.keys import BlockHash, GroupId, KeyRun, KeyRuns, OffloadKey
+from jaxkv.offload.base import LookupResult, OffloadingManager, PrefixLookup, ReqContext
+from jaxkv.spec import FullAttentionSpec, MLAAttentionSpec
 
 
 class Deferral(Enum):
@@ -29,55 +31,194 @@ class Deferral(Enum):
 
 @final
 @dataclass(frozen=True, slots=True)
+class Question:
+    """How far can a request get that the device holds ``known_tokens`` of, up to ``limit_tokens``?
+
+    ``block_hashes`` cover at least ``limit_tokens``.
+    """
+
+    block_hashes: Sequence[BlockHash]
+    known_tokens: int
+    limit_tokens: int
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Hit:
-    """Tokens ``[known_tokens, boundary_tokens)`` come from ``chunks``; no chunks where they are equal."""
+    """Tokens ``[known_tokens, boundary_tokens)`` come from ``spans``; none where they are equal.
+
+    ``branch_tokens`` is where the request leaves the prefix that others stored, if layers that forget cannot
+    serve that boundary now: worth keeping, for others may leave it there too.
+    """
 
     known_tokens: int
     boundary_tokens: int
-    chunks: tuple[ChunkId, ...]
-    keys: tuple[OffloadKey, ...]
+    spans: tuple[ChunkSpan, ...] = ()
+    branch_tokens: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the host supplies."""
+        return self.boundary_tokens - self.known_tokens
+
+    @property
+    def keys(self) -> KeyRuns:
+        """Keys of all chunks, group after group."""
+        return KeyRuns([span.keys for span in self.spans])
 
 
-def find_hit(
-    caches: ChunkedCaches,
-    block_hashes: Sequence[BlockHash],
-    known_tokens: int,
-    limit_tokens: int,
-    lookup: Callable[[OffloadKey], LookupResult],
-) -> Hit | Deferral:
-    """The longest prefix within ``limit_tokens`` that device (``known_tokens``) and host can serve.
+@final
+class HostPresence:
+    """Which chunks of one request's first ``limit_tokens`` tokens the backend holds; a ``TailPresence``.
 
-    Chunks still being written count as present, so that a request waits for them instead of computing them
-    again; the answer is a ``Deferral`` then.
+    Asked in batches. Chunks still being written count as present, so that a request waits for them instead of
+    computing them again; so does RETRY, unless ``takes_retry_as_miss``. How far a group reaches from its
+    first unknown chunk on is asked once.
     """
-    answers: dict[tuple[GroupId, int], tuple[OffloadKey, LookupResult]] = {}
 
-    def present(group: GroupId, index: int) -> bool:
-        answer = answers.get((group, index))
-        if answer is None:
-            key = caches.key(block_hashes, ChunkId(group, index))
-            answer = answers[group, index] = key, lookup(key)
-        return answer[1] is not LookupResult.MISS
+    def __init__(
+        self,
+        caches: ChunkedCaches,
+        question: Question,
+        manager: OffloadingManager,
+        ctx: ReqContext,
+        *,
+        takes_retry_as_miss: bool,
+    ) -> None:
+        self._caches = caches
+        self._question = question
+        self._manager = manager
+        self._ctx = ctx
+        self._takes_retry_as_miss = takes_retry_as_miss
+        self._num_hashed = caches.hashed_tokens(question.block_hashes)
+        self._leading: dict[GroupId, range] = {}
+        self._all_certain = True
 
-    limit = min(limit_tokens, caches.hashed_tokens(block_hashes))
-    boundary = longest_hit(caches.hit_groups, known_tokens, limit, caches.alignment_tokens, present)
-    chunks = chunks_to_load(caches, known_tokens, boundary)
-    found = [answers[chunk.group, chunk.index] for chunk in chunks]
-    needed = {answer for _, answer in found}
-    if LookupResult.RETRY in needed:
-        return Deferral.RETRY
-    if LookupResult.HIT_PENDING in needed:
-        return Deferral.PENDING
-    return Hit(known_tokens, boundary, chunks, tuple(key for key, _ in found))
+    def count_leading(self, group: GroupId, chunks: range) -> int:
+        """See ``Presence``. All calls for a group start with the same chunk."""
+        found = self._leading.get(group)
+        if found is None:
+            end = min(
+                self._num_named(group), self._question.limit_tokens // self._caches.tokens_per_chunk(group)
+            )
+            keys = self._keys(group, range(chunks.start, max(chunks.start, end)))
+            found = range(chunks.start, chunks.start + self._prefix(keys).num_found)
+            self._leading[group] = found
+        assert found.start == chunks.start, "a group is asked from its first unknown chunk on"
+        return min(len(found), len(chunks))
+
+    def count_trailing(self, group: GroupId, chunks: range) -> int:
+        """See ``Presence``."""
+        if group in self._leading:
+            return len(chunks) if chunks.stop <= self._leading[group].stop else 0
+        if chunks.stop > self._num_named(group):
+            return 0
+        keys = self._keys(group, chunks)
+        if self._takes_retry_as_miss:
+            return _count_certain(reversed(keys), self._manager, self._ctx)
+        answer = self._manager.lookup_suffix(keys, self._ctx)
+        self._note(answer)
+        return answer.num_found
+
+    def has_tail(self, group: GroupId, end_tokens: int) -> bool:
+        """See ``TailPresence``."""
+        if self._caches.named_at_tokens(group, end_tokens) > self._num_hashed:
+            return False
+        key = self._caches.tail_key(self._question.block_hashes, group, end_tokens)
+        return self._prefix(key).num_found == 1
+
+    def leading_tokens(self, groups: Iterable[GroupId]) -> int | None:
+        """Tokens up to which all of ``groups`` hold every chunk; ``None`` if one of them was not asked."""
+        groups = tuple(groups)
+        if not groups or any(group not in self._leading for group in groups):
+            return None
+        return min(self._leading[group].stop * self._caches.tokens_per_chunk(group) for group in groups)
+
+    def worst_of(self, spans: Iterable[ChunkSpan]) -> LookupResult:
+        """The least certain answer among chunks that were found."""
+        if self._all_certain:
+            return LookupResult.HIT
+        answers = {self._prefix(span.keys).worst for span in spans}
+        for answer in (LookupResult.RETRY, LookupResult.HIT_PENDING):
+            if answer in answers:
+                return answer
+        return LookupResult.HIT
+
+    def _keys(self, group: GroupId, chunks: range) -> KeyRun:
+        return self._caches.keys(self._question.block_hashes, group, chunks)
+
+    def _num_named(self, group: GroupId) -> int:
+        return self._caches.num_named_chunks(group, self._num_hashed)
+
+    def _prefix(self, keys: KeyRun) -> PrefixLookup:
+        if self._takes_retry_as_miss:
+            keys = keys[: _count_certain(keys, self._manager, self._ctx)]
+        answer = self._manager.lookup_prefix(keys, self._ctx)
+        self._note(answer)
+        return answer
+
+    def _note(self, answer: PrefixLookup) -> None:
+        self._all_certain = self._all_certain and answer.worst is LookupResult.HIT
 
 
-def chunks_to_load(caches: ChunkedCaches, known_tokens: int, boundary_tokens: int) -> tuple[ChunkId, ...]:
-    """Chunks that must be loaded to go from a device hit to a boundary, group after group."""
+def find_hit(caches: ChunkedCaches, question: Question, presence: HostPresence) -> Hit | Deferral:
+    """The longest prefix that device and host together can serve."""
+    known, limit = question.known_tokens, question.limit_tokens
+    groups, alignment = caches.hit_groups, caches.alignment_tokens
+    boundary = longest_hit(groups, known, limit, alignment, presence)
+    branch = _branch_tokens(caches, boundary, presence)
+    if caches.keeps_tails:
+        step = caches.tokens_per_hash
+        end = min(limit, boundary - boundary % alignment + alignment - 1)
+        tails = range(boundary - boundary % step + step, end + 1, step)
+        boundary = longest_tail(groups, known, tails, presence) or boundary
+    spans = spans_to_load(caches, question.block_hashes, known, boundary)
+    match presence.worst_of(spans):
+        case LookupResult.RETRY:
+            return Deferral.RETRY
+        case LookupResult.HIT_PENDING:
+            return Deferral.PENDING
+    return Hit(known, boundary, spans, branch)
+
+
+def spans_to_load(
+    caches: ChunkedCaches, block_hashes: Sequence[BlockHash], known_tokens: int, boundary_tokens: int
+) -> tuple[ChunkSpan, ...]:
+    """What must be loaded to go from a device hit to a boundary, group after group."""
+    spans: list[ChunkSpan] = []
     if boundary_tokens <= known_tokens:
         return ()
-    return tuple(
-        ChunkId(GroupId(group), index)
-        for group, hit_group in enumerate(caches.hit_groups)
-        for index in required_chunks(hit_group, boundary_tokens)
-        if (index + 1) * hit_group.tokens_per_chunk > known_tokens
-    )
+    for index, hit_group in enumerate(caches.hit_groups):
+        group = GroupId(index)
+        first_unknown = known_tokens // hit_group.tokens_per_chunk
+        for chunks in required_chunks(hit_group, boundary_tokens):
+            unknown = range(max(chunks.start, first_unknown), chunks.stop)
+            if unknown:
+                spans.append(whole_span(caches, block_hashes, group, unknown))
+        if cut_chunk(hit_group, boundary_tokens) is not None:
+            spans.append(tail_span(caches, block_hashes, group, boundary_tokens))
+    return tuple(spans)
+
+
+def _branch_tokens(caches: ChunkedCaches, boundary_tokens: int, presence: HostPresence) -> int | None:
+    """The aligned end of what layers that read everything hold, where the others cannot serve it."""
+    reads_all = [
+        GroupId(index)
+        for index, group in enumerate(caches.hit_groups)
+        if isinstance(group.spec, FullAttentionSpec | MLAAttentionSpec)
+    ]
+    shared = presence.leading_tokens(reads_all)
+    if shared is None:
+        return None
+    shared -= shared % caches.alignment_tokens
+    return shared if shared > boundary_tokens else None
+
+
+def _count_certain(keys: Iterable[OffloadKey], manager: OffloadingManager, ctx: ReqContext) -> int:
+    """Keys before the first of which the backend does not know that it holds it."""
+    count = 0
+    for key in keys:
+        if manager.lookup(key, ctx) in (LookupResult.MISS, LookupResult.RETRY):
+            break
+        count += 1
+    return count

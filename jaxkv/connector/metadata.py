@@ -24,3 +24,7 @@ class OffloadingWorkerMetadata(KVConnectorWorkerMetadata):
     """Jobs one worker has ended, in the order they ended."""
 
     results: tuple[JobResult, ...]
+
+    def aggregate(self, other: OffloadingWorkerMetadata) -> OffloadingWorkerMetadata:
+        """What this and another worker report, for the scheduler side (vLLM: ``aggregate``)."""
+        return OffloadingWorkerMetadata(self.results + other.results)

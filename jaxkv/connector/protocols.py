@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Protocol, final
 
-from jaxkv.keys import BlockHash, BlockId
+from jaxkv.keys import BlockHash, BlockId, GroupId
 
 BlockTables = Sequence[Sequence[BlockId | None]]
 """Per group, the blocks of one request from its first token on; ``None`` where it holds none."""
+
+PartialTailOffload = tuple[GroupId, BlockId, int]
+"""A block that holds the recurrent state of a group at a boundary (tokens), though no table says so."""
 
 
 class Request(Protocol):
@@ -48,9 +51,12 @@ class SchedulerOutput:
 
     ``new_block_ids`` are the blocks appended to a request's tables since ``update_state_after_alloc`` or the
     last step. Requests that finished or were preempted since the last step are named once.
+    ``boundary_state_offloads`` hand over states that the last step left in blocks outside a request's tables:
+    what a model emits on its way through a long step, or a copy made before a state is written again.
     """
 
     num_scheduled_tokens: Mapping[str, int] = field(default_factory=dict)
     new_block_ids: Mapping[str, BlockTables] = field(default_factory=dict)
     finished_req_ids: Set[str] = frozenset()
     preempted_req_ids: Set[str] = frozenset()
+    boundary_state_offloads: Mapping[str, Sequence[PartialTailOffload]] = field(default_factory=dict)

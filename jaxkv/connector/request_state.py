@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
-from jaxkv.connector.chunks import ChunkedCaches
 from jaxkv.connector.lookup import Hit
 from jaxkv.connector.protocols import BlockTables, Request
 from jaxkv.connector.request_params import RequestParams
+from jaxkv.connector.retention import Boundaries
 from jaxkv.connector.store_plan import StoreView
 from jaxkv.keys import BlockId, GroupId, JobId
-from jaxkv.offload.base import LoadStoreSpec, ReqContext
+from jaxkv.offload.base import LoadStoreSpec, OffloadPolicy, ReqContext
 
 
 @final
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Tenure:
     """One stay of a request on the device, from admission until it finishes or is preempted.
 
@@ -23,51 +23,55 @@ class Tenure:
     ``complete_tokens`` are on the device once the last step has ended; at first they are those the device
     held already and those that are loaded. A request is not ``running`` before its first step has ended:
     until then another request may still be about to write what the device cache lends it.
-    ``scheduled_tokens`` belong to a step that was planned and has not ended.
+    Chunks before ``first_chunk`` are not to be stored, those before ``next_chunk`` were planned or passed.
+    ``due_tokens`` must be complete before there is more to store.
     """
 
     request: Request
     ctx: ReqContext
-    params: RequestParams
     tables: list[list[BlockId | None]]
     complete_tokens: int
     previous_tokens: int
+    first_chunk: list[int]
     next_chunk: list[int]
-    scheduled_tokens: int = 0
+    limit_tokens: int | None
+    boundaries: Boundaries
+    tail_tokens: int | None = None
+    handed_states: dict[tuple[GroupId, int], BlockId] = field(default_factory=dict)
+    due_tokens: int | None = 0
     running: bool = False
+    has_ended: bool = False
 
-    def begin_step(self, new_blocks: BlockTables, num_scheduled_tokens: int) -> None:
-        """A step was planned. ``new_blocks``, appended to the tables, has an entry per group, or none at all.
-
-        What an earlier step left uncommitted was never computed: that step broke off.
-        """
-        for table, new in zip(self.tables, new_blocks, strict=bool(new_blocks)):
+    def add_blocks(self, new_blocks: BlockTables) -> None:
+        """Blocks that were appended to the tables: an entry per group."""
+        for table, new in zip(self.tables, new_blocks, strict=True):
             table.extend(new)
-        self.previous_tokens = self.complete_tokens
-        self.scheduled_tokens = num_scheduled_tokens
 
-    def end_step(self) -> None:
-        """The step ran."""
-        self.running = self.running or self.scheduled_tokens > 0
-        self.complete_tokens += self.scheduled_tokens
-        self.scheduled_tokens = 0
+    def end_step(self, num_scheduled_tokens: int) -> None:
+        """A step of so many tokens ran. Drafted tokens that were rejected do not count as computed."""
+        self.running = True
+        reached = self.complete_tokens + num_scheduled_tokens
+        self.complete_tokens = max(self.complete_tokens, min(reached, self.request.num_computed_tokens))
 
-    def skip_to_present(self, caches: ChunkedCaches) -> None:
-        """What is on the device now will not be stored."""
-        self.next_chunk = [
-            max(first, self.complete_tokens // caches.tokens_per_chunk(GroupId(group)))
-            for group, first in enumerate(self.next_chunk)
-        ]
+    @property
+    def is_due(self) -> bool:
+        """Whether there is something to store."""
+        return self.running and self.due_tokens is not None and self.complete_tokens >= self.due_tokens
 
-    def store_view(self, limit_tokens: int) -> StoreView:
+    def store_view(self) -> StoreView:
         """The tenure as store planning sees it."""
         return StoreView(
             tables=self.tables,
             block_hashes=self.request.block_hashes,
+            first_chunk=self.first_chunk,
             next_chunk=self.next_chunk,
             previous_tokens=self.previous_tokens,
             complete_tokens=self.complete_tokens,
-            limit_tokens=limit_tokens,
+            limit_tokens=self.limit_tokens,
+            boundaries=self.boundaries,
+            tail_tokens=self.tail_tokens,
+            handed_states=self.handed_states,
+            has_ended=self.has_ended,
         )
 
 
@@ -81,19 +85,24 @@ class Promise:
 
 
 @final
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class RequestState:
     """One request that has not finished, or whose load has not landed.
 
-    ``retry_until_s`` is when, on the monotonic clock, it stops waiting for a backend that answers RETRY.
+    ``branch_tokens`` is where it leaves a prefix that others stored. ``deferred_since_s`` is when, on the
+    monotonic clock, it was first asked to wait for its answer, ``retry_until_s`` when it stops waiting for a
+    backend that answers RETRY.
     """
 
     request: Request
     ctx: ReqContext
     params: RequestParams
+    policy: OffloadPolicy
     device_hit_tokens: int | None = None
+    branch_tokens: int | None = None
     promise: Promise | None = None
     load: JobId | None = None
     tenure: Tenure | None = None
     finished: bool = False
+    deferred_since_s: float | None = None
     retry_until_s: float | None = None

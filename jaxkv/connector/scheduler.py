@@ -1,35 +1,45 @@
-"""The scheduler side of the connector: what to load, what to store, and when.
+"""The scheduler side of the connector: follows each request through its steps, from arrival to last store.
 
 Value semantics are the fence. A store planned in ``build_connector_meta`` of step k+1 covers what was
 complete at the end of step k, and is given the arrays as they are before any load or forward pass of step
-k+1. Blocks that the loop freed, preempted, skipped behind a window or gave to another request while it
-planned step k+1 still hold their old bytes in those arrays, so nothing has to be held back.
+k+1. Blocks that the loop freed, preempted, skipped behind a window, copied to or gave to another request
+while it planned step k+1 still hold their old bytes in those arrays, so nothing has to be held back.
+
+The cost of a step grows with the requests it schedules and with the chunks that became complete, not with the
+length of contexts or the size of the pool.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import final
 
 from jaxkv.connector.base import KVConnectorOutput
-from jaxkv.connector.chunks import ChunkedCaches, ChunkId
+from jaxkv.connector.chunks import ChunkedCaches
 from jaxkv.connector.events import EventLog, KVCacheEvent
-from jaxkv.connector.jobs import Job, JobKind, JobTable, device_blocks
-from jaxkv.connector.lookup import Deferral, Hit, find_hit
+from jaxkv.connector.jobs import Job, JobKind, JobTable
+from jaxkv.connector.loads import LoadPlanner
+from jaxkv.connector.lookup import Deferral
 from jaxkv.connector.metadata import OffloadingConnectorMetadata, OffloadingWorkerMetadata
 from jaxkv.connector.metrics import ConnectorStats, Metrics
-from jaxkv.connector.protocols import BlockTables, Request, SchedulerOutput
+from jaxkv.connector.protocols import BlockTables, PartialTailOffload, Request, SchedulerOutput
 from jaxkv.connector.request_params import RequestParams
-from jaxkv.connector.request_state import Promise, RequestState, Tenure
+from jaxkv.connector.request_state import RequestState, Tenure
+from jaxkv.connector.retention import Boundaries, interval_tokens, prompt_boundaries
 from jaxkv.connector.stores import StorePlanner
 from jaxkv.errors import RequestError
-from jaxkv.hits import unread_blocks
-from jaxkv.keys import BlockId, GroupId, JobId, OffloadKey
-from jaxkv.offload.base import JobResult, LookupResult, OffloadingManager, ReqContext, TransferJob
+from jaxkv.keys import GroupId
+from jaxkv.offload.base import JobResult, OffloadingManager, OffloadPolicy, ReqContext, TransferJob
 
-MAX_RETRY_S = 10.0
-"""How long a request lets a backend answer RETRY; after that it computes what it could not look up."""
+
+@final
+@dataclass(frozen=True, slots=True)
+class StorePolicy:
+    """What is worth storing: see ``OffloadingConfig``."""
+
+    offload_prompt_only: bool = True
+    retention_interval: int | None = None
 
 
 @final
@@ -41,22 +51,24 @@ class OffloadingScheduler:
         caches: ChunkedCaches,
         manager: OffloadingManager,
         events: EventLog,
+        policy: StorePolicy | None = None,
         *,
-        offload_prompt_only: bool,
+        num_workers: int = 1,
     ) -> None:
         self._caches = caches
         self._manager = manager
         self._events = events
+        self._policy = policy or StorePolicy()
+        self._interval_tokens = interval_tokens(caches, self._policy.retention_interval)
         self._metrics = Metrics(caches)
-        self._jobs = JobTable()
-        self._stores = StorePlanner(
-            caches, manager, self._jobs, self._metrics, offload_prompt_only=offload_prompt_only
-        )
+        self._jobs = JobTable(num_workers)
+        self._loads = LoadPlanner(caches, manager, self._jobs, self._metrics)
+        self._stores = StorePlanner(caches, manager, self._jobs, self._metrics, events)
         self._requests: dict[str, RequestState] = {}
-        self._unsent_loads: dict[JobId, TransferJob] = {}
-        self._loading_keys: set[OffloadKey] = set()
-        self._retired: list[Tenure] = []
+        self._stepping: list[tuple[Tenure, int]] = []
+        self._due: dict[Tenure, None] = {}
         self._departed: list[ReqContext] = []
+        self._kept_blocks: set[str] = set()
 
     # -- admission --------------------------------------------------------------------------------------
 
@@ -69,46 +81,27 @@ class OffloadingScheduler:
             )
         params = RequestParams.of(request)
         ctx = params.context(request.request_id)
-        self._requests[request.request_id] = RequestState(request, ctx, params)
-        self._manager.on_new_request(ctx)
+        policy = params.policy(self._manager.on_new_request(ctx))
+        self._requests[request.request_id] = RequestState(request, ctx, params, policy)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """See ``KVConnectorBase``. The last known token is never promised: its logits are still needed."""
+        """See ``KVConnectorBase``."""
         state = self._state_of(request)
         self._drop_promise(state)
         if state.load is not None:
             self._metrics.deferred(Deferral.IN_FLIGHT)
             return None, False
-        found = find_hit(
-            self._caches,
-            request.block_hashes,
-            num_computed_tokens,
-            state.params.load_limit(num_computed_tokens, request.num_tokens - 1),
-            self._lookup(state),
-        )
-        if isinstance(found, Hit) and not self._loading_keys.isdisjoint(found.keys):
-            found = Deferral.LOADING
+        found = self._loads.find(state, num_computed_tokens)
         if isinstance(found, Deferral):
-            if found is Deferral.RETRY and state.retry_until_s is None:
-                state.retry_until_s = time.monotonic() + MAX_RETRY_S
-            self._metrics.deferred(found)
             return None, False
         state.device_hit_tokens = num_computed_tokens
-        if not found.keys:
+        state.branch_tokens = found.branch_tokens
+        if not found.num_tokens:
             return 0, False
-        state.promise = Promise(found, self._manager.prepare_load(found.keys, state.ctx))
-        return found.boundary_tokens - found.known_tokens, True
-
-    def _lookup(self, state: RequestState) -> Callable[[OffloadKey], LookupResult]:
-        gave_up = state.retry_until_s is not None and time.monotonic() > state.retry_until_s
-
-        def lookup(key: OffloadKey) -> LookupResult:
-            answer = self._manager.lookup(key, state.ctx)
-            return LookupResult.MISS if gave_up and answer is LookupResult.RETRY else answer
-
-        return lookup
+        self._loads.promise(state, found)
+        return found.num_tokens, True
 
     def update_state_after_alloc(
         self, request: Request, blocks: BlockTables, num_external_tokens: int
@@ -116,70 +109,67 @@ class OffloadingScheduler:
         """See ``KVConnectorBase``. ``num_external_tokens`` is what was promised, or 0 to decline it."""
         state = self._state_of(request)
         if num_external_tokens:
-            self._start_load(state, blocks, num_external_tokens)
+            self._loads.start(state, blocks, num_external_tokens)
         self._begin_tenure(state, blocks, num_external_tokens)
 
-    def _start_load(self, state: RequestState, blocks: BlockTables, num_tokens: int) -> None:
-        promise = state.promise
-        promised = promise.hit.boundary_tokens - promise.hit.known_tokens if promise is not None else 0
-        if promise is None or num_tokens != promised:
-            raise RequestError(
-                f"request {state.ctx.req_id!r} was promised {promised} tokens and was allocated for "
-                f"{num_tokens}; pass what get_num_new_matched_tokens answered in this step, or 0"
-            )
-        unread = [
-            unread_blocks(group.spec, promise.hit.boundary_tokens) for group in self._caches.config.groups
-        ]
-        targets = [
-            (chunk, self._load_targets(promise.hit, chunk, blocks[chunk.group], unread[chunk.group]))
-            for chunk in promise.hit.chunks
-        ]
-        transfer = self._jobs.start(
-            JobKind.LOAD, state.ctx, promise.hit.keys, device_blocks(targets), promise.spec
-        )
-        self._metrics.hit(promised, promise.hit.keys)
-        self._unsent_loads[transfer.job_id] = transfer
-        self._loading_keys.update(promise.hit.keys)
-        state.load, state.promise = transfer.job_id, None
-
-    def _load_targets(
-        self, hit: Hit, chunk: ChunkId, table: Sequence[BlockId | None], unread: range
-    ) -> tuple[int, ...]:
-        """Where a chunk goes: the request's blocks behind the device hit, -1 where no later token looks."""
-        block_size = self._caches.config.groups[chunk.group].block_size
-        payload = self._caches.payload_blocks(chunk)
-        targets: list[int] = []
-        for position in self._caches.blocks(chunk):
-            block = table[position] if position < len(table) else None
-            on_device = (position + 1) * block_size <= hit.known_tokens
-            if on_device or position not in payload or position in unread:
-                targets.append(-1)
-            elif block is None:
-                raise RequestError(
-                    f"group {chunk.group} has no block at position {position}, which a hit of "
-                    f"{hit.boundary_tokens} tokens is loaded into; allocate it first"
-                )
-            else:
-                targets.append(block)
-        return tuple(targets)
+    def get_snapshot_boundaries(self, request: Request) -> tuple[int, ...]:
+        """See ``KVConnectorBase``."""
+        state = self._requests.get(request.request_id)
+        branch = state.branch_tokens if state is not None else None
+        return prompt_boundaries(self._caches, request.num_prompt_tokens, branch)
 
     def _begin_tenure(self, state: RequestState, blocks: BlockTables, num_external_tokens: int) -> None:
-        tenure = state.tenure
+        tenure, request = state.tenure, state.request
         if tenure is not None and tenure.running:
-            self._retired.append(tenure)
+            self._retire(tenure)
             tenure = None
         if state.device_hit_tokens is not None:
             start = state.device_hit_tokens + num_external_tokens
+            self._metrics.queried(request.num_tokens - state.device_hit_tokens)
         else:
-            start = tenure.complete_tokens if tenure is not None else state.request.num_computed_tokens
-        state.device_hit_tokens = None
+            start = tenure.complete_tokens if tenure is not None else request.num_computed_tokens
+        state.device_hit_tokens = state.retry_until_s = None
+        # What was loaded the backend holds, also where an earlier call of this stay said that it is loaded.
+        loaded = num_external_tokens > 0 and state.policy is OffloadPolicy.CHUNK_LEVEL
+        first_chunk = self._chunks_before(start) if loaded else [0] * self._caches.num_groups
+        if tenure is not None and not num_external_tokens:
+            first_chunk = tenure.first_chunk
+        state.tenure = self._make_tenure(state, blocks, start, first_chunk)
+
+    def _make_tenure(
+        self, state: RequestState, blocks: BlockTables, start: int, first_chunk: list[int]
+    ) -> Tenure:
+        request = state.request
         # A loop may find all tokens on the device; it computes the last one again, for its logits.
-        start = min(start, state.request.num_tokens - 1)
-        tables = [list(table) for table in blocks]
-        state.retry_until_s = None
-        state.tenure = Tenure(
-            state.request, state.ctx, state.params, tables, start, start, next_chunk=[0] * len(tables)
+        complete = min(start, request.num_tokens - 1)
+        limit = self._limit_tokens(state)
+        points = prompt_boundaries(self._caches, request.num_prompt_tokens, state.branch_tokens)
+        tail = points[-1] if points and points[-1] % self._caches.alignment_tokens else None
+        if tail is not None and (tail <= start or (limit is not None and tail > limit)):
+            tail = None
+        return Tenure(
+            request,
+            state.ctx,
+            tables=[list(table) for table in blocks],
+            complete_tokens=complete,
+            previous_tokens=complete,
+            first_chunk=first_chunk,
+            next_chunk=list(first_chunk),
+            limit_tokens=limit,
+            boundaries=Boundaries(self._interval_tokens, points),
+            tail_tokens=tail,
         )
+
+    def _limit_tokens(self, state: RequestState) -> int | None:
+        if self._policy.offload_prompt_only:
+            return state.params.store_limit(state.request.num_prompt_tokens)
+        return state.params.max_offload_tokens
+
+    def _chunks_before(self, num_tokens: int) -> list[int]:
+        return [
+            num_tokens // self._caches.tokens_per_chunk(GroupId(group))
+            for group in range(self._caches.num_groups)
+        ]
 
     # -- one step ---------------------------------------------------------------------------------------
 
@@ -187,24 +177,36 @@ class OffloadingScheduler:
         """See ``KVConnectorBase``. Stores cover what was complete when the last step ended."""
         for req_id in scheduler_output.preempted_req_ids:
             self._end_preempted(self._requests.get(req_id))
+        self._take_handed_states(scheduler_output)
         stores = self._plan_stores()
         for ctx in self._departed:
             self._manager.on_request_finished(ctx)
         self._departed.clear()
-        for req_id, state in self._requests.items():
-            self._drop_promise(state)
-            if state.tenure is not None:
-                new_blocks = scheduler_output.new_block_ids.get(req_id, ())
-                state.tenure.begin_step(new_blocks, scheduler_output.num_scheduled_tokens.get(req_id, 0))
-        loads = tuple(self._unsent_loads.values())
-        self._unsent_loads.clear()
-        return OffloadingConnectorMetadata(stores, loads)
+        self._loads.drop_all()
+        self._begin_step(scheduler_output)
+        self._manager.on_schedule_end()
+        return OffloadingConnectorMetadata(stores, self._loads.take_unsent())
+
+    def _begin_step(self, scheduler_output: SchedulerOutput) -> None:
+        """Note who computes what. What an earlier step left unreported was never computed: it broke off."""
+        self._stepping = []
+        for req_id, new_blocks in scheduler_output.new_block_ids.items():
+            state = self._requests.get(req_id)
+            if state is not None and state.tenure is not None and new_blocks:
+                state.tenure.add_blocks(new_blocks)
+        for req_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
+            state = self._requests.get(req_id)
+            if state is not None and state.tenure is not None:
+                state.tenure.previous_tokens = state.tenure.complete_tokens
+                self._stepping.append((state.tenure, num_tokens))
 
     def update_connector_output(self, output: KVConnectorOutput) -> None:
         """See ``KVConnectorBase``. It says that the step ran; without it a step is not stored."""
-        for state in self._requests.values():
-            if state.tenure is not None:
-                state.tenure.end_step()
+        for tenure, num_tokens in self._stepping:
+            tenure.end_step(num_tokens)
+            if tenure.is_due:
+                self._due[tenure] = None
+        self._stepping = []
         if not isinstance(output.worker_meta, OffloadingWorkerMetadata):
             return
         for result in output.worker_meta.results:
@@ -214,29 +216,52 @@ class OffloadingScheduler:
 
     def has_pending_push_work(self) -> bool:
         """See ``KVConnectorBase``: last chunks to plan, or jobs that have not been reported."""
-        return bool(self._retired or self._departed or len(self._jobs))
+        has_last_chunks = any(tenure.has_ended for tenure in self._due)
+        return bool(has_last_chunks or self._departed or len(self._jobs) or self._manager.has_pending_work())
 
     def has_pending_block_frees(self) -> bool:
         """See ``KVConnectorBase``: an aborted request frees its blocks when its load has landed."""
-        return any(state.finished for state in self._requests.values())
+        return bool(self._kept_blocks)
+
+    def _take_handed_states(self, scheduler_output: SchedulerOutput) -> None:
+        for req_id, offloads in scheduler_output.boundary_state_offloads.items():
+            state = self._requests.get(req_id)
+            if state is not None and state.tenure is not None:
+                self._hand_over(state.tenure, offloads)
+
+    def _hand_over(self, tenure: Tenure, offloads: Sequence[PartialTailOffload]) -> None:
+        """States at boundaries that the tables do not show; one at a link of the chain asks for a tail."""
+        for group, block, boundary in offloads:
+            if boundary <= 0 or boundary % self._caches.tokens_per_hash:
+                raise RequestError(
+                    f"a state of request {tenure.ctx.req_id!r} was handed over at {boundary} tokens; "
+                    f"boundaries are multiples of {self._caches.tokens_per_hash}"
+                )
+            tenure.handed_states[group, boundary] = block
+            if boundary % self._caches.tokens_per_chunk(group):
+                tenure.tail_tokens = boundary
+            self._due[tenure] = None
 
     def _plan_stores(self) -> tuple[TransferJob, ...]:
-        running = [state.tenure for state in self._requests.values() if state.tenure is not None]
-        jobs = [
-            *(self._stores.plan(tenure, tenure.complete_tokens) for tenure in self._retired),
-            *(self._stores.plan(tenure, tenure.request.num_computed_tokens) for tenure in running),
-        ]
-        self._retired.clear()
-        return tuple(job for job in jobs if job is not None)
+        """Plan for everyone who is due; who is refused stays due."""
+        due, self._due = self._due, {}
+        jobs = []
+        for tenure in due:
+            job = self._stores.plan(tenure) if tenure.running else None
+            if job is not None:
+                jobs.append(job)
+            if tenure.is_due and not tenure.has_ended:
+                self._due[tenure] = None
+        return tuple(jobs)
 
     def _end_job(self, job: Job, result: JobResult) -> None:
         success = result.error is None
         self._metrics.job_ended(job, result)
         if job.kind is JobKind.STORE:
             self._manager.complete_store(job.keys, job.ctx, success=success)
+            self._events.store_ended(result.job_id, success=success)
             return
-        self._loading_keys.difference_update(job.keys)
-        self._manager.complete_load(job.keys, job.ctx, success=success)
+        self._loads.end(job, success=success)
         state = self._requests[job.ctx.req_id]
         state.load = None
         if not success:
@@ -252,43 +277,50 @@ class OffloadingScheduler:
         if state is None:
             return False
         self._drop_promise(state)
-        if state.load in self._unsent_loads:
-            self._cancel_load(state)
+        self._loads.cancel_unsent(state)
         if state.tenure is not None:
             state.tenure.complete_tokens = min(state.tenure.complete_tokens, request.num_computed_tokens)
         self._end_tenure(state)
+        self._loads.end_wait(state)
         state.finished = True
         if state.load is None:
             self._forget(state)
-        return state.load is not None
+            return False
+        self._kept_blocks.add(request.request_id)
+        return True
+
+    def register_finished_partial_tail(
+        self, request: Request, partial_tail_offloads: Sequence[PartialTailOffload]
+    ) -> None:
+        """See ``KVConnectorBase``. To be called before ``request_finished``."""
+        state = self._requests.get(request.request_id)
+        if state is not None and state.tenure is not None:
+            self._hand_over(state.tenure, partial_tail_offloads)
 
     def _end_tenure(self, state: RequestState) -> None:
-        if state.tenure is not None and state.tenure.running:
-            self._retired.append(state.tenure)
+        if state.tenure is not None:
+            self._retire(state.tenure)
         state.tenure = None
+
+    def _retire(self, tenure: Tenure) -> None:
+        """Its last chunks are planned with the next step, those of a step that is running included."""
+        tenure.has_ended = True
+        if tenure.running or any(tenure is stepping for stepping, _ in self._stepping):
+            self._due[tenure] = None
 
     def _end_preempted(self, state: RequestState | None) -> None:
         """A preempted request may have been admitted again since: then the new stay goes on."""
-        if state is None or any(tenure.request is state.request for tenure in self._retired):
+        if state is None or any(tenure.request is state.request for tenure in self._due if tenure.has_ended):
             return
         self._end_tenure(state)
 
     def _forget(self, state: RequestState) -> None:
         del self._requests[state.ctx.req_id]
+        self._kept_blocks.discard(state.ctx.req_id)
         self._departed.append(state.ctx)
 
-    def _cancel_load(self, state: RequestState) -> None:
-        assert state.load is not None
-        del self._unsent_loads[state.load]
-        job = self._jobs.cancel(state.load)
-        self._loading_keys.difference_update(job.keys)
-        self._manager.complete_load(job.keys, job.ctx)
-        state.load = None
-
     def _drop_promise(self, state: RequestState) -> None:
-        if state.promise is not None:
-            self._manager.complete_load(state.promise.hit.keys, state.ctx)
-        state.promise = None
+        self._loads.drop(state)
         state.device_hit_tokens = None
 
     def _state_of(self, request: Request) -> RequestState:
@@ -307,7 +339,7 @@ class OffloadingScheduler:
 
     def take_events(self) -> Sequence[KVCacheEvent]:
         """See ``KVConnectorBase``."""
-        return self._events.take(self._manager)
+        return tuple(self._events.take(self._manager))
 
     def get_stats(self) -> ConnectorStats:
         """See ``KVConnectorBase``."""
@@ -318,17 +350,27 @@ class OffloadingScheduler:
         for state in self._requests.values():
             self._drop_promise(state)
             if state.tenure is not None:
-                state.tenure.skip_to_present(self._caches)
-        self._retired.clear()
+                self._skip_to_present(state.tenure)
+        self._due.clear()
         self._events.reset(self._manager)
+
+    def _skip_to_present(self, tenure: Tenure) -> None:
+        """What is on the device now, and what a running step computes from it, will not be stored."""
+        reached = tenure.complete_tokens + sum(count for other, count in self._stepping if other is tenure)
+        present = self._chunks_before(reached)
+        tenure.next_chunk = [max(pair) for pair in zip(tenure.next_chunk, present, strict=True)]
+        tenure.handed_states = {}
+        tenure.first_chunk = list(tenure.next_chunk)
+        if tenure.tail_tokens is not None and tenure.tail_tokens <= reached:
+            tenure.tail_tokens = None
 
     def leaks(self) -> list[str]:
         """What is still held though nothing runs, one sentence each; empty when all is well."""
         return [
             *(f"job {job.transfer.job_id} ({job.kind.name}) has not been reported" for job in self._jobs),
             *(f"request {req_id!r} has not finished" for req_id in self._requests),
-            *(f"request {tenure.ctx.req_id!r} has chunks that were not planned" for tenure in self._retired),
-            *(f"chunk {key.hex()} counts as being loaded" for key in self._loading_keys),
+            *(f"request {tenure.ctx.req_id!r} has chunks that were not planned" for tenure in self._due),
+            *self._loads.leaks(),
             *self._manager.leaks(),
         ]
 
@@ -337,10 +379,11 @@ class OffloadingScheduler:
         for job in list(self._jobs):
             never_sent = JobResult(job.transfer.job_id, 0, 0.0, "the connector was shut down")
             self._end_job(self._jobs.cancel(job.transfer.job_id), never_sent)
-        for state in self._requests.values():
-            self._drop_promise(state)
+        self._loads.drop_all()
+        self._loads.take_unsent()
         self._requests.clear()
-        self._unsent_loads.clear()
-        self._retired.clear()
+        self._due.clear()
+        self._stepping.clear()
         self._departed.clear()
+        self._kept_blocks.clear()
         self._manager.shutdown()

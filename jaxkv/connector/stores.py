@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import final
 
+import numpy as np
+
 from jaxkv.connector.chunks import ChunkedCaches
+from jaxkv.connector.events import EventLog
 from jaxkv.connector.jobs import JobKind, JobTable, device_blocks
 from jaxkv.connector.metrics import Metrics
 from jaxkv.connector.request_state import Tenure
-from jaxkv.connector.store_plan import PlannedChunk, SkipReason, plan_stores, shrinking_prefixes
+from jaxkv.connector.spans import ChunkSpan
+from jaxkv.connector.store_plan import (
+    PlannedSpan,
+    SkipReason,
+    StorePlan,
+    next_due_tokens,
+    plan_stores,
+    shrinking_prefixes,
+)
+from jaxkv.keys import KeyRuns, OffloadKey
 from jaxkv.offload.base import OffloadingManager, PrepareStoreOutput, TransferJob
 
 
@@ -23,64 +36,94 @@ class StorePlanner:
         manager: OffloadingManager,
         jobs: JobTable,
         metrics: Metrics,
-        *,
-        offload_prompt_only: bool,
+        events: EventLog,
     ) -> None:
         self._caches = caches
         self._manager = manager
         self._jobs = jobs
         self._metrics = metrics
-        self._offload_prompt_only = offload_prompt_only
+        self._events = events
 
-    def plan(self, tenure: Tenure, num_computed_tokens: int) -> TransferJob | None:
+    def plan(self, tenure: Tenure) -> TransferJob | None:
         """The job that stores the chunks which became complete; ``None`` where there is nothing to write."""
-        if not tenure.running:
-            return None
-        request = tenure.request
-        limit = request.num_prompt_tokens if self._offload_prompt_only else request.num_tokens
-        limit = tenure.params.store_limit(min(limit, num_computed_tokens))
-        plan = plan_stores(self._caches, tenure.store_view(limit))
-        tenure.next_chunk = list(plan.next_chunk)
-        for chunk, reason in plan.skipped.items():
-            self._metrics.skipped(chunk.group, reason)
-        taken, output = self._make_room(tenure, plan.chunks)
-        self._offer_again(tenure, plan.chunks, taken)
-        if output is None:
-            return None
-        return self._start_job(tenure, taken, output)
+        plan = plan_stores(self._caches, tenure.store_view())
+        for (group, reason), num_chunks in plan.skipped.items():
+            self._metrics.skipped(group, reason, num_chunks)
+        taken, output = self._make_room(tenure, plan)
+        refused = self._refused(plan, taken)
+        self._advance(tenure, plan, refused)
+        return self._start_job(tenure, taken, output) if output is not None else None
+
+    def _advance(self, tenure: Tenure, plan: StorePlan, refused: Sequence[ChunkSpan]) -> None:
+        """Go on behind what was taken; what was refused is offered again, from the first such chunk on."""
+        tenure.next_chunk = plan.next_chunk
+        tenure.tail_tokens = plan.tail_tokens
+        tenure.handed_states = {}
+        tenure.previous_tokens = tenure.complete_tokens
+        for span in refused:
+            self._metrics.skipped(span.group, SkipReason.REFUSED, len(span))
+            if span.cut_tokens is None:
+                tenure.next_chunk[span.group] = min(tenure.next_chunk[span.group], span.chunks.start)
+            else:
+                tenure.tail_tokens = span.cut_tokens
+        view = tenure.store_view()
+        tenure.due_tokens = tenure.complete_tokens if refused else next_due_tokens(self._caches, view)
+
+    def _refused(self, plan: StorePlan, taken: Sequence[PlannedSpan]) -> Sequence[ChunkSpan]:
+        """What of the plan was not taken: spans as a whole, or from some chunk on."""
+        if taken is plan.spans:
+            return ()
+        kept = {(part.span.group, part.span.chunks.start, part.span.cut_tokens): part.span for part in taken}
+        refused = []
+        for planned in plan.spans:
+            span = planned.span
+            part = kept.get((span.group, span.chunks.start, span.cut_tokens))
+            num_kept = 0 if part is None else len(part)
+            if num_kept < len(span):
+                refused.append(replace(span, chunks=span.chunks[num_kept:], keys=span.keys[num_kept:]))
+        return refused
 
     def _make_room(
-        self, tenure: Tenure, chunks: Sequence[PlannedChunk]
-    ) -> tuple[Sequence[PlannedChunk], PrepareStoreOutput | None]:
+        self, tenure: Tenure, plan: StorePlan
+    ) -> tuple[Sequence[PlannedSpan], PrepareStoreOutput | None]:
         """The longest prefix of the plan that the manager takes."""
-        for prefix in shrinking_prefixes(chunks):
-            output = self._manager.prepare_store([chunk.key for chunk in prefix], tenure.ctx)
+        for prefix in shrinking_prefixes(self._caches, plan.spans):
+            output = self._manager.prepare_store(_keys(prefix), tenure.ctx)
             if output is not None:
                 return prefix, output
         return (), None
 
-    def _offer_again(
-        self, tenure: Tenure, chunks: Sequence[PlannedChunk], taken: Sequence[PlannedChunk]
-    ) -> None:
-        """Go back to the first chunk of each group that was refused."""
-        taken_chunks = {planned.chunk for planned in taken}
-        for planned in chunks:
-            group, index = planned.chunk.group, planned.chunk.index
-            if planned.chunk not in taken_chunks:
-                tenure.next_chunk[group] = min(tenure.next_chunk[group], index)
-                self._metrics.skipped(group, SkipReason.REFUSED)
-
     def _start_job(
-        self, tenure: Tenure, taken: Sequence[PlannedChunk], output: PrepareStoreOutput
+        self, tenure: Tenure, taken: Sequence[PlannedSpan], output: PrepareStoreOutput
     ) -> TransferJob | None:
-        to_store = set(output.keys_to_store)
-        held = [planned for planned in taken if planned.key not in to_store]
-        self._manager.touch([planned.key for planned in held], tenure.ctx)
-        for planned in held:
-            self._metrics.skipped(planned.chunk.group, SkipReason.HELD)
+        num_offered = sum(len(planned.span) for planned in taken)
         self._metrics.evicted(output.evicted_keys)
-        if not to_store:
+        if not output.keys_to_store:
+            self._note_held(taken)
             return None
-        targets = [(planned.chunk, planned.block_ids) for planned in taken if planned.key in to_store]
-        blocks = device_blocks(targets)
-        return self._jobs.start(JobKind.STORE, tenure.ctx, output.keys_to_store, blocks, output.store_spec)
+        keys: Sequence[OffloadKey] = _keys(taken)
+        if len(output.keys_to_store) < num_offered:
+            taken = self._without_held(taken, set(output.keys_to_store))
+            keys = output.keys_to_store
+        blocks = device_blocks((planned.span.group, planned.block_ids) for planned in taken)
+        job = self._jobs.start(JobKind.STORE, tenure.ctx, keys, blocks, output.store_spec)
+        self._events.store_started(job.job_id, tenure.request, _keys(taken))
+        return job
+
+    def _without_held(self, taken: Sequence[PlannedSpan], to_store: set[OffloadKey]) -> Sequence[PlannedSpan]:
+        """The spans' blocks less those of chunks the backend has already."""
+        left = []
+        for planned in taken:
+            wanted = np.fromiter((key in to_store for key in planned.span.keys), bool, len(planned.span))
+            ids = planned.block_ids.reshape(len(planned.span), -1)[wanted]
+            left.append(PlannedSpan(planned.span, ids.reshape(-1)))
+            self._metrics.skipped(planned.span.group, SkipReason.HELD, int(np.count_nonzero(~wanted)))
+        return left
+
+    def _note_held(self, taken: Sequence[PlannedSpan]) -> None:
+        for planned in taken:
+            self._metrics.skipped(planned.span.group, SkipReason.HELD, len(planned.span))
+
+
+def _keys(spans: Sequence[PlannedSpan]) -> KeyRuns:
+    return KeyRuns([planned.span.keys for planned in spans])

@@ -6,15 +6,16 @@ complete, computed blocks findable. Knows no queues and no arrays of the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, takewhile
 from typing import assert_never, final
 
 import numpy as np
 import numpy.typing as npt
 
-from jaxkv.hits import HitGroup, longest_hit, required_chunks, unread_blocks
-from jaxkv.keys import BlockHash, BlockId, GroupId
+from jaxkv.hits import HitGroup, cut_chunk, longest_hit, required_chunks, unread_blocks
+from jaxkv.keys import BlockId, GroupId
 from jaxkv.serving.block_pool import BlockPool
 from jaxkv.serving.chunking import Chunk
 from jaxkv.serving.request import Request
@@ -64,22 +65,22 @@ class BlockTable:
         return [BlockId(block) if block >= 0 else None for block in entries.tolist()]
 
 
-def blocks_of_step(spec: LayerSpec, chunk: Chunk, num_tokens: int) -> Sequence[int]:
-    """Table entries that must hold blocks while ``chunk`` is computed.
+def blocks_of_step(spec: LayerSpec, chunk: Chunk, num_tokens: int) -> tuple[range, ...]:
+    """Table entries that must hold blocks while ``chunk`` is computed, ascending.
 
     Full attention and MLA take the blocks of all known tokens at once, so that an admitted prompt never waits
     for more of them.
     """
     match spec:
         case FullAttentionSpec() | MLAAttentionSpec():
-            return range(ceil_div(num_tokens, spec.block_size))
+            return (range(ceil_div(max(num_tokens, chunk.end), spec.block_size)),)
         case SlidingWindowSpec() | ChunkedLocalAttentionSpec():
             unread = unread_blocks(spec, chunk.start)
-            return (*range(unread.start), *range(unread.stop, ceil_div(chunk.end, spec.block_size)))
+            return range(unread.start), range(unread.stop, ceil_div(chunk.end, spec.block_size))
         case MambaSpec():
             written = (chunk.end - 1) // spec.block_size
             read = (chunk.start - 1) // spec.block_size if chunk.start else written
-            return (read,) if read == written else (read, written)
+            return range(read, read + 1), range(max(read + 1, written), written + 1)
         case _:
             assert_never(spec)
 
@@ -104,7 +105,7 @@ class CacheManager:
         self.pools = tuple(BlockPool(group.num_blocks) for group in config.groups)
         self.max_blocks = tuple(ceil_div(max_tokens, spec.block_size) for spec in self.specs)
         self._hit_groups = tuple(HitGroup(spec, spec.block_size) for spec in self.specs)
-        self._hashes_per_block = tuple(spec.block_size // config.hash_block_size for spec in self.specs)
+        self._lookahead = tuple(config.hash_block_size * group.is_eagle_group for group in config.groups)
         self._held: dict[str, _RequestTables] = {}
 
     @property
@@ -116,11 +117,19 @@ class CacheManager:
         """Tokens of the longest prefix that every group holds; at least one token is left to compute."""
         if request.skip_reading_prefix_cache:
             return 0
+        limit = request.num_tokens - 1
+        presence = _DevicePresence(self, request)
+        return longest_hit(self._hit_groups, 0, limit, self.config.alignment_tokens, presence)
 
-        def present(group: GroupId, index: int) -> bool:
-            return self._find(request, group, index) is not None
+    def find_block(self, request: Request, group: GroupId, index: int) -> BlockId | None:
+        """The cached block that holds what entry ``index`` of the request would, if there is one.
 
-        return longest_hit(self._hit_groups, 0, request.num_tokens - 1, self.config.alignment_tokens, present)
+        What a drafter caches for a token depends on the next one too, so its blocks are named one link later.
+        """
+        link = self._link(group, index)
+        return (
+            self.pools[group].find(request.block_hashes[link]) if link < len(request.block_hashes) else None
+        )
 
     def admit(self, request: Request, device_hit: int, boundary: int, chunk: Chunk) -> bool:
         """Take blocks for a request that holds none: all of them, or ``False`` and nothing changed.
@@ -156,7 +165,11 @@ class CacheManager:
         self._release_unread(tables, chunk.start)
         self._place_reserved_states(tables, chunk)
         wanted = [
-            [index for index in blocks_of_step(spec, chunk, request.num_tokens) if index >= table.length]
+            [
+                index
+                for entries in blocks_of_step(spec, chunk, request.num_tokens)
+                for index in range(max(entries.start, table.length), entries.stop)
+            ]
             for spec, table in zip(self.specs, tables, strict=True)
         ]
         if any(len(new) > pool.num_free for new, pool in zip(wanted, self.pools, strict=True)):
@@ -173,17 +186,17 @@ class CacheManager:
         """
         held = self._held[request.request_id]
         for group, (spec, table) in enumerate(zip(self.specs, held.tables, strict=True)):
-            done = num_tokens // spec.block_size
+            done = self._num_final_blocks(group, num_tokens)
             if isinstance(spec, MambaSpec):
                 first = done - 1 if num_tokens % spec.block_size == 0 else done
             else:
-                first = held.registered_tokens // spec.block_size
+                first = self._num_final_blocks(group, held.registered_tokens)
             for index in range(max(first, 0), done):
                 # What even a hit that ends with the block does not read would only push out other prefixes.
                 is_read = index not in unread_blocks(spec, (index + 1) * spec.block_size)
                 if is_read and table.row[index] >= 0:
                     block = BlockId(int(table.row[index]))
-                    self.pools[group].register(block, self._hash(request, GroupId(group), index))
+                    self.pools[group].register(block, request.block_hashes[self._link(group, index)])
         held.registered_tokens = max(held.registered_tokens, num_tokens)
 
     def release(self, request: Request) -> None:
@@ -241,14 +254,17 @@ class CacheManager:
     ) -> tuple[dict[int, BlockId], list[int]]:
         """Entries filled from the prefix cache, and entries that need a new block."""
         spec = self.specs[group]
-        needed = required_chunks(self._hit_groups[group], boundary)
+        needed = list(chain.from_iterable(required_chunks(self._hit_groups[group], boundary)))
+        cut = cut_chunk(self._hit_groups[group], boundary)
+        if cut is not None:
+            needed.append(cut)
         cached = {}
         for index in needed:
             if index < device_hit // spec.block_size:
-                block = self._find(request, group, index)
+                block = self.find_block(request, group, index)
                 assert block is not None, f"group {group} lost block {index} of a hit of {device_hit} tokens"
                 cached[index] = block
-        entries = sorted({*needed, *blocks_of_step(spec, chunk, request.num_tokens)})
+        entries = sorted({*needed, *chain.from_iterable(blocks_of_step(spec, chunk, request.num_tokens))})
         return cached, [index for index in entries if index not in cached]
 
     def _release_unread(self, tables: tuple[BlockTable, ...], num_computed: int) -> None:
@@ -270,8 +286,31 @@ class CacheManager:
                 if holds_unwritten and table.row[written] < 0:
                     table.move_last(written)
 
-    def _hash(self, request: Request, group: GroupId, index: int) -> BlockHash:
-        return request.block_hashes[(index + 1) * self._hashes_per_block[group] - 1]
+    def _link(self, group: int, index: int) -> int:
+        """The link of the request's hash chain that names a block."""
+        end_tokens = (index + 1) * self.specs[group].block_size + self._lookahead[group]
+        return end_tokens // self.config.hash_block_size - 1
 
-    def _find(self, request: Request, group: GroupId, index: int) -> BlockId | None:
-        return self.pools[group].find(self._hash(request, group, index))
+    def _num_final_blocks(self, group: int, num_tokens: int) -> int:
+        """Blocks of ``num_tokens`` computed tokens that no later token changes."""
+        return max(0, num_tokens - self._lookahead[group]) // self.specs[group].block_size
+
+
+@final
+class _DevicePresence:
+    """Which blocks of a request the device cache holds; a ``Presence``."""
+
+    def __init__(self, cache: CacheManager, request: Request) -> None:
+        self._cache = cache
+        self._request = request
+
+    def count_leading(self, group: GroupId, chunks: range) -> int:
+        """See ``Presence``."""
+        return sum(1 for _ in takewhile(partial(self._holds, group), chunks))
+
+    def count_trailing(self, group: GroupId, chunks: range) -> int:
+        """See ``Presence``."""
+        return sum(1 for _ in takewhile(partial(self._holds, group), reversed(chunks)))
+
+    def _holds(self, group: GroupId, index: int) -> bool:
+        return self._cache.find_block(self._request, group, index) is not None

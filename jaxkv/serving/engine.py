@@ -69,7 +69,7 @@ class LLMEngine:
         self._lost_caches = False
         self._scheduler = Scheduler(
             self._cache,
-            _chunk_rules(config, cache_config),
+            _chunk_rules(config, cache_config, self.connector.snapshot_interval_tokens),
             self.connector,
             max_num_seqs=config.max_num_seqs,
             prefill_budget=config.prefill_budget or config.prefill_shapes[-1],
@@ -393,12 +393,13 @@ class LLMEngine:
                 )
 
 
-def _chunk_rules(config: EngineConfig, cache_config: KVCacheConfig) -> ChunkRules:
+def _chunk_rules(config: EngineConfig, cache_config: KVCacheConfig, snapshot_interval: int) -> ChunkRules:
     return ChunkRules(
         shapes=config.prefill_shapes,
         block_size=cache_config.alignment_tokens,
         smallest_block=cache_config.hash_block_size,
         stop_at_blocks=any(isinstance(group.spec, MambaSpec) for group in cache_config.groups),
+        snapshot_interval=snapshot_interval,
     )
 
 

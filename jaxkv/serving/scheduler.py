@@ -263,7 +263,11 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _choices(self, request: Request, budget: int) -> Sequence[Chunk]:
-        return list(chunk_choices(self._rules, request.num_computed_tokens, request.num_tokens, budget))
+        return self._chunks_from(request, request.num_computed_tokens, budget)
+
+    def _chunks_from(self, request: Request, start: int, budget: int) -> Sequence[Chunk]:
+        stops = self._connector.get_snapshot_boundaries(request) if start < request.num_prompt_tokens else ()
+        return list(chunk_choices(self._rules, start, request.num_tokens, budget, stops))
 
     # -- admission --------------------------------------------------------------------------------------
 
@@ -284,7 +288,7 @@ class Scheduler:
             return _Admission.LATER
         boundary = device_hit + external
         start = min(boundary, request.num_tokens - 1)
-        choices = chunk_choices(self._rules, start, request.num_tokens, budget)
+        choices = self._chunks_from(request, start, budget)
         chunk = next((c for c in choices if self.cache.admit(request, device_hit, boundary, c)), None)
         if chunk is None:
             return _Admission.NO_ROOM
