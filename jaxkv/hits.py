@@ -57,6 +57,17 @@ def required_chunks(group: HitGroup, boundary_tokens: int) -> tuple[range, range
     return range(unread.start), range(unread.stop, boundary_tokens // group.tokens_per_chunk)
 
 
+def missing_chunks(group: HitGroup, boundary_tokens: int, known_tokens: int) -> tuple[range, range]:
+    """Those of ``required_chunks`` of which ``known_tokens`` do not cover all that is read."""
+    sinks, behind = required_chunks(group, boundary_tokens)
+    first_unknown = known_tokens // group.tokens_per_chunk
+    knows_sinks = known_tokens >= _unread_tokens(group.spec, boundary_tokens).start
+    return (
+        range(0) if knows_sinks else range(first_unknown, max(first_unknown, sinks.stop)),
+        range(max(first_unknown, behind.start), max(first_unknown, behind.stop)),
+    )
+
+
 def cut_chunk(group: HitGroup, boundary_tokens: int) -> int | None:
     """The chunk that a boundary cuts, if the next token reads any of the part before it."""
     start = boundary_tokens - boundary_tokens % group.tokens_per_chunk
@@ -182,9 +193,7 @@ def _last_missing(
     group: HitGroup, group_id: GroupId, known: int, boundary: int, presence: Presence
 ) -> int | None:
     """The last whole chunk that ``boundary`` needs, ``known`` tokens do not cover and is not there."""
-    first_unknown = known // group.tokens_per_chunk
-    for chunks in reversed(required_chunks(group, boundary)):
-        asked = range(max(chunks.start, first_unknown), chunks.stop)
+    for asked in reversed(missing_chunks(group, boundary, known)):
         found = presence.count_trailing(group_id, asked) if asked else 0
         if found < len(asked):
             return asked[-1 - found]

@@ -1,5 +1,6 @@
 """The longest hit equals brute force over what each kind of layer reads."""
 
+import math
 from itertools import chain, takewhile
 
 import jax.numpy as jnp
@@ -84,8 +85,9 @@ def tokens_read_next(spec, boundary):
 
 
 def servable(group, index, boundary, known, table):
-    chunks = {t // group.tokens_per_chunk for t in tokens_read_next(group.spec, boundary)}
-    return all((index, c) in table for c in chunks if (c + 1) * group.tokens_per_chunk > known)
+    read = tokens_read_next(group.spec, boundary)
+    chunks = {t // group.tokens_per_chunk for t in read if t >= known}
+    return all((index, c) in table for c in chunks)
 
 
 def brute_force_hit(groups, known, limit, alignment, table):
@@ -109,7 +111,8 @@ def hit_questions(draw):
         st.sets(st.tuples(st.integers(0, len(groups) - 1), st.integers(0, MAX_TOKENS)), max_size=25)
     )
     table = {(i, c) for i, g in enumerate(groups) for c in range(MAX_TOKENS // g.tokens_per_chunk)} - absent
-    known = alignment * draw(st.integers(0, MAX_TOKENS // alignment))
+    device_alignment = math.lcm(*(group.spec.block_size for group in groups))
+    known = device_alignment * draw(st.integers(0, MAX_TOKENS // device_alignment))
     return groups, known, draw(st.integers(0, MAX_TOKENS)), alignment, table
 
 
@@ -247,8 +250,8 @@ def test_longest_tail_is_the_largest_boundary_all_whole_and_cut_chunks_are_there
     def servable_cut(boundary):
         for index, group in enumerate(groups):
             size = group.tokens_per_chunk
-            read = {t // size for t in tokens_read_next(group.spec, boundary)}
-            whole = {c for c in read if known < (c + 1) * size <= boundary}
+            read = {t // size for t in tokens_read_next(group.spec, boundary) if t >= known}
+            whole = {c for c in read if (c + 1) * size <= boundary}
             if any((index, c) not in table for c in whole):
                 return False
             cut_is_read = bool(boundary % size) and boundary // size in read

@@ -9,7 +9,7 @@ from typing import final
 
 from jaxkv.connector.chunks import ChunkedCaches
 from jaxkv.connector.spans import ChunkSpan, tail_span, whole_span
-from jaxkv.hits import cut_chunk, longest_hit, longest_tail, required_chunks
+from jaxkv.hits import cut_chunk, longest_hit, longest_tail, missing_chunks
 from jaxkv.keys import BlockHash, GroupId, KeyRun, KeyRuns, OffloadKey
 from jaxkv.offload.base import LookupResult, OffloadingManager, PrefixLookup, ReqContext
 from jaxkv.spec import FullAttentionSpec, MLAAttentionSpec
@@ -190,11 +190,8 @@ def spans_to_load(
         return ()
     for index, hit_group in enumerate(caches.hit_groups):
         group = GroupId(index)
-        first_unknown = known_tokens // hit_group.tokens_per_chunk
-        for chunks in required_chunks(hit_group, boundary_tokens):
-            unknown = range(max(chunks.start, first_unknown), chunks.stop)
-            if unknown:
-                spans.append(whole_span(caches, block_hashes, group, unknown))
+        missing = missing_chunks(hit_group, boundary_tokens, known_tokens)
+        spans += [whole_span(caches, block_hashes, group, chunks) for chunks in missing if chunks]
         if cut_chunk(hit_group, boundary_tokens) is not None:
             spans.append(tail_span(caches, block_hashes, group, boundary_tokens))
     return tuple(spans)
