@@ -2,6 +2,8 @@
 #   make demo     real Gemma 3 270M weights, offloading on against off
 #   make test     the whole test suite
 #   make fuzz     random runs of the connector against its reference model; FUZZ_STEPS=50_000_000 for long
+#   make bench-scheduler  what the connector's decisions cost a serving loop
+#   make bench-retention  how many prompts a host pool can serve, with and without retention
 #   make test-families   tests against the packages that allocate caches: flax, MaxText, gemma and others
 # PYTHON=python3.12 picks another interpreter; VENV=dir another environment.
 
@@ -17,13 +19,19 @@ SOURCES := pyproject.toml README.md LICENSE $(shell find jaxkv ffi examples -typ
 	-not -name '*.pyc' -not -path '*/__pycache__/*')
 CPP := $(shell find ffi -name '*.cc' -o -name '*.h')
 
-.PHONY: help demo test fuzz test-families run-families lint format docs native-test clean
+.PHONY: help demo bench-scheduler bench-retention test fuzz test-families run-families lint format docs native-test clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
 
 demo: $(VENV)/.jaxkv
 	$(BIN)/jaxkv demo
+
+bench-scheduler: $(VENV)/.jaxkv
+	$(BIN)/jaxkv bench scheduler
+
+bench-retention: $(VENV)/.jaxkv
+	$(BIN)/jaxkv bench retention
 
 test: $(VENV)/.jaxkv
 	@echo "== pytest, $$($(BIN)/python --version), jax $$($(BIN)/python -c 'import jax; print(jax.__version__)')"

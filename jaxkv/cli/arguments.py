@@ -41,3 +41,8 @@ def share(text: str) -> float:
     if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"must be a number within 0 and 1, got {text!r}")
     return number
+
+
+def retention(text: str) -> int | None:
+    """``dense``, or a retention interval."""
+    return None if text == "dense" else whole(text)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaxkv.cli import demo, doctor, replay
+from jaxkv.cli import bench, demo, doctor, replay
 from jaxkv.errors import JaxKVError
 
 _DESCRIPTION = "KV cache offloading for JAX serving stacks."
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; errors that jaxkv names are printed, not traced."""
     parser = argparse.ArgumentParser(prog="jaxkv", description=_DESCRIPTION, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (demo, replay, doctor):
+    for command in (demo, replay, bench, doctor):
         command.add_parser(commands)
     args = parser.parse_args(argv)
     try:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jaxkv.cli.arguments import count, share, size, whole
+from jaxkv.cli.arguments import count, retention, share, size, whole
 from jaxkv.cli.environment import describe_environment
 from jaxkv.cli.extras import needs_extra
 from jaxkv.replay.generator import Length, TraceParams, generate_trace
@@ -127,11 +127,6 @@ def _add_trace(group: Any) -> None:
         help=f"how uneven the popularity of prompts and documents is (default {made.zipf_exponent})",
     )
     group.add_argument("--seed", type=whole, default=made.seed, help=f"(default {made.seed})")
-
-
-def retention(text: str) -> int | None:
-    """``dense``, or a retention interval."""
-    return None if text == "dense" else whole(text)
 
 
 def run(args: argparse.Namespace) -> int:
