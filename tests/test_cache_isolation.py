@@ -220,6 +220,14 @@ def test_a_request_stores_no_more_than_it_asks_for():
     close(engine)
 
 
+def test_longer_hashes_serve_the_host_backend_too():
+    engine = make_engine(hash_name="blake2b-256")
+    serve(engine)
+    engine.reset_prefix_cache()
+    assert serve(engine) == (0, HIT)
+    close(engine)
+
+
 WEIGHTS = [embedding()]
 
 

@@ -122,18 +122,19 @@ def test_groups_come_apart_and_say_what_kind_they_are(log, backend):
 
 def test_a_gap_a_tail_and_another_request_begin_a_new_event(log, backend):
     first, second = ARequest(), ARequest(base=500)
-    log.store_started(1, first, KeyRuns([first.run(FULL, 0, 1), first.run(FULL, 2, 1), first.tail(FULL, 28)]))
-    log.store_started(2, second, KeyRuns([second.run(FULL, 3, 1)]))
+    ours = KeyRuns([first.run(FULL, 2, 1), first.tail(FULL, 28), first.run(FULL, 0, 1)])
+    theirs = KeyRuns([second.run(FULL, 1, 1), second.run(FULL, 3, 1)])
+    log.store_started(1, first, ours)
+    log.store_started(2, second, theirs)
     log.store_ended(1, success=True)
     log.store_ended(2, success=True)
-    backend.stored(
-        *first.run(FULL, 0, 1), *first.run(FULL, 2, 1), *first.tail(FULL, 28), *second.run(FULL, 3, 1)
-    )
+    backend.stored(*ours, *theirs)
     events = log.take(backend)
     assert [(e.token_ids[0], len(e.token_ids), e.block_size) for e in events] == [
-        (100, 8, 8),
         (116, 8, 8),
         (124, 4, 4),
+        (100, 8, 8),
+        (508, 8, 8),
         (524, 8, 8),
     ]
 
