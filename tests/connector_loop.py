@@ -7,104 +7,54 @@ somebody needed it fails the test at the token that would have used it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cache
-
-import numpy as np
+from loop_model import (
+    BLOCK,
+    STATE_BLOCK,
+    WINDOW,
+    LoopRequest,
+    expected_output,
+    hybrid_config,
+    make_caches,
+    read_places,
+    value_of,
+)
 
 from jaxkv.connector import OffloadingConfig, OffloadingConnector, SchedulerOutput
 from jaxkv.hash_chain import ChainRoot, HashChain
 from jaxkv.hits import unread_blocks
-from jaxkv.spec import (
-    FullAttentionSpec,
-    KVCacheConfig,
-    KVCacheGroupSpec,
-    MambaSpec,
-    SlidingWindowSpec,
-)
+from jaxkv.spec import MambaSpec
 from jaxkv.testing.fake_pool import FakePool
 from jaxkv.testing.fake_worker import FakeOffloadingSpec
 from jaxkv.testing.leaks import assert_no_leaks
 
-BLOCK, STATE_BLOCK, WINDOW = 4, 8, 10
-
-
-def hybrid_config(num_blocks: int = 64) -> KVCacheConfig:
-    def attention(layers, window=None):
-        arguments = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 1, "dtype": np.int64}
-        page = {"page_size_bytes": BLOCK * 8}
-        if window is None:
-            return KVCacheGroupSpec(layers, FullAttentionSpec(**arguments, **page), num_blocks)
-        spec = SlidingWindowSpec(**arguments, **page, sliding_window=window)
-        return KVCacheGroupSpec(layers, spec, num_blocks)
-
-    state = MambaSpec(STATE_BLOCK, shapes=((2,),), dtypes=(np.int64,))
-    return KVCacheConfig(
-        (
-            attention(("full.0", "full.1")),
-            attention(("window.0",), WINDOW),
-            KVCacheGroupSpec(("state.0",), state, max(2, num_blocks // 4)),
-        )
-    )
-
-
-def make_caches(config: KVCacheConfig) -> dict[str, np.ndarray]:
-    caches = {}
-    for group in config.groups:
-        width = 2 if isinstance(group.spec, MambaSpec) else BLOCK
-        for layer in group.layer_names:
-            caches[layer] = np.full((group.num_blocks, width), -1, np.int64)
-    return caches
-
-
-@cache
-def value_of(prefix: tuple[int, ...]) -> int:
-    """What the last token of ``prefix`` leaves in every layer."""
-    if not prefix:
-        return 7
-    parent = value_of(prefix[:-1])
-    return (parent * 6364136223846793005 + prefix[-1] * 1442695040888963407 + 1) % (2**63)
-
-
-@dataclass(eq=False)
-class LoopRequest:
-    request_id: str
-    tokens: list[int]
-    max_new_tokens: int = 1
-    num_prompt_tokens: int = 0
-    num_computed_tokens: int = 0
-    chain: HashChain = field(default_factory=lambda: HashChain(ChainRoot("loop", BLOCK)))
-    host_hits: list[int] = field(default_factory=list)
-    tables: list[list[int | None]] = field(default_factory=list)
-    kv_transfer_params: dict | None = None
-
-    def __post_init__(self):
-        self.num_prompt_tokens = len(self.tokens)
-        self.extend_hashes()
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def block_hashes(self) -> list:
-        return self.chain.block_hashes
-
-    @property
-    def done(self) -> bool:
-        return self.num_tokens - self.num_prompt_tokens >= self.max_new_tokens
-
-    def extend_hashes(self) -> None:
-        self.chain.extend(self.tokens[self.chain.num_tokens :])
+__all__ = [
+    "BLOCK",
+    "STATE_BLOCK",
+    "WINDOW",
+    "Loop",
+    "LoopRequest",
+    "expected_output",
+    "hybrid_config",
+    "make_caches",
+    "value_of",
+]
 
 
 class Loop:
     """Blocks freed last are handed out first, so that whatever can be overwritten soon is."""
 
     def __init__(
-        self, *, num_blocks=64, pool_bytes=1 << 20, slab_bytes=None, max_step_tokens=16, pool=None, **options
+        self,
+        *,
+        config=None,
+        num_blocks=64,
+        pool_bytes=1 << 20,
+        slab_bytes=None,
+        max_step_tokens=16,
+        pool=None,
+        **options,
     ):
-        self.config = hybrid_config(num_blocks)
+        self.config = config or hybrid_config(num_blocks)
         self.pool = pool or FakePool(pool_bytes, slab_bytes)
         self.spec = FakeOffloadingSpec(
             self.config, self.pool, blocks_per_chunk=options.get("blocks_per_chunk", 1)
@@ -125,11 +75,19 @@ class Loop:
         self.finished_ids: set[str] = set()
         self.failures: dict[str, object] = {}
         self.outputs: dict[str, list[int]] = {}
+        self.preempted: set[str] = set()
+        self.new_blocks: dict[str, list[list[int | None]]] = {}
+        self.handed: dict[str, list[tuple[int, int, int]]] = {}
+        self.copies: list[tuple[int, int, int]] = []
         self.num_preemptions = 0
+        # What a loop may do one way or the other.
+        self.cuts_at_boundaries = False
+        self.finishes_first = False
 
     # -- what tests call ----------------------------------------------------------------------------------
 
     def add(self, name: str, tokens, max_new_tokens=1, **params) -> LoopRequest:
+        params.setdefault("chain", HashChain(ChainRoot("loop", self.config.hash_block_size)))
         request = LoopRequest(name, list(tokens), max_new_tokens, **params)
         self.connector.on_new_request(request)
         self.waiting.append(request)
@@ -193,23 +151,42 @@ class Loop:
     # -- one step -----------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        self.preempted: set[str] = set()
-        self.new_blocks: dict[str, list[list[int | None]]] = {}
+        self.preempted, self.new_blocks = set(), {}
         scheduled = self.schedule()
-        output = SchedulerOutput(scheduled, self.new_blocks, self.finished_ids, self.preempted)
-        self.finished_ids = set()
+        output = SchedulerOutput(scheduled, self.new_blocks, self.finished_ids, self.preempted, self.handed)
+        self.finished_ids, self.handed = set(), {}
         metadata = self.connector.build_connector_meta(output)
+        result = self.work(metadata, output)
+        if self.finishes_first:
+            self.finish_done()
+        self.connector.update_connector_output(result)
+        self.take_results(result)
+        self.finish_done()
+
+    def work(self, metadata, output):
+        """The worker's part of a step."""
         caches = self.connector.handle_preemptions(self.caches, metadata)
         self.connector.bind_connector_metadata(metadata)
+        self.copy_blocks()
         caches = self.connector.start_load_kv(caches)
-        for request in list(self.running):
-            if request.request_id in scheduled:
-                self.forward(request, scheduled[request.request_id])
+        self.compute(output)
         self.caches = self.connector.wait_for_save(caches)
         result = self.connector.get_transfer_results(output.finished_req_ids)
         self.connector.clear_connector_metadata()
-        self.connector.update_connector_output(result)
-        self.take_results(result)
+        return result
+
+    def compute(self, output) -> None:
+        for request in list(self.running):
+            if request.request_id in output.num_scheduled_tokens:
+                self.forward(request, output.num_scheduled_tokens[request.request_id])
+
+    def copy_blocks(self) -> None:
+        for group, source, target in self.copies:
+            for layer in self.config.groups[group].layer_names:
+                self.caches[layer][target] = self.caches[layer][source]
+        self.copies = []
+
+    def finish_done(self) -> None:
         for request in [request for request in self.running if request.done]:
             self.running.remove(request)
             self.outputs[request.request_id] = request.tokens[request.num_prompt_tokens :]
@@ -290,8 +267,11 @@ class Loop:
         """Tokens of the next step: prefill is cut where states are kept."""
         done = request.num_computed_tokens
         count = min(self.max_step_tokens, request.num_tokens - done)
-        last_boundary = (request.num_tokens - 1) // STATE_BLOCK * STATE_BLOCK
         end = done + count
+        if self.cuts_at_boundaries:
+            stops = self.connector.get_snapshot_boundaries(request)
+            return min((stop for stop in stops if done < stop < end), default=end) - done
+        last_boundary = (request.num_tokens - 1) // STATE_BLOCK * STATE_BLOCK
         if done < last_boundary:
             end = min(end, last_boundary)
             end -= end % STATE_BLOCK
@@ -321,7 +301,7 @@ class Loop:
         wanted: list[list[bool]] = []
         for group in self.config.groups:
             unread = unread_blocks(group.spec, num_tokens)
-            wanted.append([position not in unread for position in range(num_tokens // group.block_size)])
+            wanted.append([position not in unread for position in range(-(-num_tokens // group.block_size))])
         if any(sum(real) > len(free) for real, free in zip(wanted, self.free, strict=True)):
             return False
         for index, flags in enumerate(wanted):
@@ -345,41 +325,42 @@ class Loop:
     def forward(self, request: LoopRequest, count: int) -> None:
         start, end = request.num_computed_tokens, request.num_computed_tokens + count
         for index, group in enumerate(self.config.groups):
-            table = request.tables[index]
-            self.check_reads(request, group, table, start)
-            for layer in group.layer_names:
-                if isinstance(group.spec, MambaSpec):
-                    state = value_of(tuple(request.tokens[:end]))
-                    self.caches[layer][table[(end - 1) // STATE_BLOCK]] = [state, end]
-                    continue
-                for token in range(start, end):
-                    self.caches[layer][table[token // BLOCK], token % BLOCK] = value_of(
-                        tuple(request.tokens[: token + 1])
-                    )
+            self.check_reads(request, group, request.tables[index], start)
+            self.write(request, group, request.tables[index], range(start, end))
         request.num_computed_tokens = end
         if end == request.num_tokens:
-            request.tokens.append(value_of(tuple(request.tokens)) % 1000)
-            request.extend_hashes()
+            self.sample(request)
+
+    def sample(self, request: LoopRequest) -> None:
+        request.tokens.append(value_of(tuple(request.tokens)) % 1000)
+        request.extend_hashes()
+
+    def write(self, request: LoopRequest, group, table, places: range) -> None:
+        """Leave what the tokens at ``places`` leave."""
+        size = group.block_size
+        for layer in group.layer_names:
+            if isinstance(group.spec, MambaSpec):
+                state = value_of(tuple(request.tokens[: places.stop]))
+                self.caches[layer][table[(places.stop - 1) // size]] = [state, places.stop]
+                continue
+            for place in places:
+                self.caches[layer][table[place // size], place % size] = self.content(request, group, place)
+
+    def content(self, request: LoopRequest, group, place: int) -> int:
+        """What a token leaves; for a drafter it depends on the next one as well."""
+        return value_of(tuple(request.tokens[: place + 1 + group.is_eagle_group]))
 
     def check_reads(self, request: LoopRequest, group, table, start: int) -> None:
         """Everything the token at ``start`` reads of what came before it."""
         if start == 0:
             return
+        size = group.block_size
         for layer in group.layer_names:
             cache = self.caches[layer]
             if isinstance(group.spec, MambaSpec):
-                found = cache[table[(start - 1) // STATE_BLOCK]].tolist()
+                found = cache[table[(start - 1) // size]].tolist()
                 assert found == [value_of(tuple(request.tokens[:start])), start], (layer, start)
                 continue
-            window = group.spec.sliding_window if isinstance(group.spec, SlidingWindowSpec) else start + 1
-            for token in range(max(0, start - (window - 1)), start):
-                found = cache[table[token // BLOCK], token % BLOCK]
-                assert found == value_of(tuple(request.tokens[: token + 1])), (layer, token)
-
-
-def expected_output(tokens, max_new_tokens: int) -> list[int]:
-    """What the model generates, whatever caches do."""
-    known = list(tokens)
-    for _ in range(max_new_tokens):
-        known.append(value_of(tuple(known)) % 1000)
-    return known[len(tokens) :]
+            for place in read_places(group.spec, start):
+                found = cache[table[place // size], place % size]
+                assert found == self.content(request, group, place), (layer, place)
