@@ -104,6 +104,10 @@ class LoopRequest:
         return len(self.tokens)
 
     @property
+    def token_ids(self) -> list[int]:
+        return self.tokens
+
+    @property
     def block_hashes(self) -> list:
         return self.chain.block_hashes
 

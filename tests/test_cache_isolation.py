@@ -186,7 +186,9 @@ def test_a_request_that_skips_reading_computes_all_and_stores_it():
     skip = SamplingParams(NEW, skip_reading_prefix_cache=True)
     assert serve(engine, params=skip) == (0, 0)
     assert serve(engine, params=skip) == (0, 0)
+    assert engine.connector.get_stats().queried_tokens == 0
     assert serve(engine) == (HIT, 0)
+    assert engine.connector.get_stats().queried_tokens == len(PROMPT) - HIT
     engine.reset_prefix_cache()
     assert serve(engine, params=skip) == (0, 0)
     engine.reset_prefix_cache()

@@ -125,7 +125,8 @@ class OffloadingScheduler:
             tenure = None
         if state.device_hit_tokens is not None:
             start = state.device_hit_tokens + num_external_tokens
-            self._metrics.queried(request.num_tokens - state.device_hit_tokens)
+            if not state.params.skip_reading:
+                self._metrics.queried(request.num_tokens - state.device_hit_tokens)
         else:
             start = tenure.complete_tokens if tenure is not None else request.num_computed_tokens
         state.device_hit_tokens = state.retry_until_s = None
