@@ -202,6 +202,7 @@ def test_a_request_that_skips_reading_computes_all_and_stores_it():
         ({"max_load_tokens": 10}, (0, 8)),
         ({"max_load_tokens": 0}, (0, 0)),
         ({"kv_load_tiers": []}, (0, 0)),
+        ({"kv_load_tiers": ["disk"]}, (0, 0)),
         ({"kv_load_tiers": [{"medium": "CPU"}]}, (0, HIT)),
     ],
     ids=str,

@@ -71,6 +71,10 @@ class ReqContext:
     kv_transfer_params: Mapping[str, Any] = field(default_factory=dict)
     load_tiers: frozenset[str] | None = None
 
+    def may_load_from(self, medium: str) -> bool:
+        """Whether chunks of the request may come from ``medium``. A backend answers MISS where not."""
+        return self.load_tiers is None or medium in self.load_tiers
+
 
 class LoadStoreSpec(ABC):
     """Where a backend keeps an ordered batch of chunks; opaque to everyone but its own worker."""

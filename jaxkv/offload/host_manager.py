@@ -74,7 +74,7 @@ class HostOffloadingManager(OffloadingManager):
     def lookup(self, key: OffloadKey, ctx: ReqContext) -> LookupResult:
         """See ``OffloadingManager``."""
         chunk = self._chunks.get(key)
-        if chunk is None:
+        if chunk is None or not ctx.may_load_from(MEDIUM):
             return LookupResult.MISS
         return LookupResult.HIT if chunk.readable else LookupResult.HIT_PENDING
 
