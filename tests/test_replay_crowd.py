@@ -9,8 +9,6 @@ import pytest
 from jaxkv.cli.bench_scheduler import Measurement
 from jaxkv.cli.main import main
 from jaxkv.replay.crowd import BLOCK, Crowd, FullPool
-from jaxkv.replay.models import gemma_like
-from jaxkv.replay.retention import Families, serve_families
 from jaxkv.testing.leaks import assert_no_leaks
 
 CHUNKS, CONTEXT = 3000, 2048
@@ -108,11 +106,3 @@ def test_retention_benchmark_counts_prompts(capsys):
     assert main(["bench", "retention", *argv, "--host-bytes", "2GiB", "--retention", "dense"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["dense", "2.25", "3/4", "2", "2", "1.0"] in rows
-
-
-def test_a_dense_pool_serves_as_many_prompts_as_its_bytes_hold():
-    """A block of all layers is 6 MiB; a family of three prompts has 64 shared blocks and 64 of each one."""
-    families = Families(num_families=4, branches=3, prompt_tokens=2048, shared_tokens=1024)
-    result = serve_families(gemma_like(16), families, 6 * (64 + 3 * 65) << 20, None)
-    assert (result.num_prompts, result.servable_prompts) == (12, 3)
-    assert (result.servable_families, result.branch_points) == (1, 1)

@@ -107,7 +107,7 @@ def test_prompt_only_stores_no_replies():
 
 
 def test_a_recurrent_model_reuses_states_where_steps_ended():
-    """Snapshots lie 1,024 tokens apart: at the prompt's last one, and in the reply."""
+    """Snapshots lie 1,024 tokens apart, in prompts and replies, and at the last link of each prompt."""
     shared = Segment(0, 2500)
     requests = [
         TraceRequest("a", 0.0, (shared,), Segment(1, 700)),
@@ -118,7 +118,7 @@ def test_a_recurrent_model_reuses_states_where_steps_ended():
     config = deployment.cache_config(4096)
     with ReplayLoop(config, deployment.offloading(), max_tokens=4096, prefill_tokens=4096) as loop:
         served = [loop.serve(request) for request in requests]
-    assert [one.device_tokens + one.host_tokens for one in served] == [0, 3072, 2048]
+    assert [one.device_tokens + one.host_tokens for one in served] == [0, 3072, 2496]
 
 
 def test_a_device_too_small_for_a_request_is_a_named_error():

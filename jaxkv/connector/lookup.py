@@ -47,8 +47,8 @@ class Question:
 class Hit:
     """Tokens ``[known_tokens, boundary_tokens)`` come from ``spans``; none where they are equal.
 
-    ``branch_tokens`` is where the request leaves the prefix that others stored, if layers that forget cannot
-    serve that boundary now: worth keeping, for others may leave it there too.
+    ``branch_tokens`` is where the request leaves the prefix that others stored, or left on the device, if the
+    host may be unable to serve that boundary: worth keeping, for others may leave it there too.
     """
 
     known_tokens: int
@@ -166,7 +166,7 @@ def find_hit(caches: ChunkedCaches, question: Question, presence: HostPresence) 
     known, limit = question.known_tokens, question.limit_tokens
     groups, alignment = caches.hit_groups, caches.alignment_tokens
     boundary = longest_hit(groups, known, limit, alignment, presence)
-    branch = _branch_tokens(caches, boundary, presence)
+    branch = _branch_tokens(caches, known, boundary, presence)
     if caches.keeps_tails:
         step = caches.tokens_per_hash
         end = min(limit, boundary - boundary % alignment + alignment - 1)
@@ -197,18 +197,25 @@ def spans_to_load(
     return tuple(spans)
 
 
-def _branch_tokens(caches: ChunkedCaches, boundary_tokens: int, presence: HostPresence) -> int | None:
-    """The aligned end of what layers that read everything hold, where the others cannot serve it."""
+def _branch_tokens(
+    caches: ChunkedCaches, known_tokens: int, boundary_tokens: int, presence: HostPresence
+) -> int | None:
+    """The aligned end of what layers that read everything hold on the host, where the others cannot serve it.
+
+    Otherwise that of the device hit, if the host has nothing behind it: only its own hit shows that the host
+    can serve a boundary.
+    """
     reads_all = [
         GroupId(index)
         for index, group in enumerate(caches.hit_groups)
         if isinstance(group.spec, FullAttentionSpec | MLAAttentionSpec)
     ]
-    shared = presence.leading_tokens(reads_all)
-    if shared is None:
-        return None
+    shared = presence.leading_tokens(reads_all) or 0
     shared -= shared % caches.alignment_tokens
-    return shared if shared > boundary_tokens else None
+    if shared > boundary_tokens:
+        return shared
+    on_device = known_tokens - known_tokens % caches.alignment_tokens
+    return on_device if on_device and boundary_tokens == known_tokens else None
 
 
 def _count_certain(keys: Iterable[OffloadKey], manager: OffloadingManager, ctx: ReqContext) -> int:

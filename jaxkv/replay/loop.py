@@ -79,6 +79,7 @@ class ReplayLoop:
             block_size=cache_config.alignment_tokens,
             smallest_block=cache_config.hash_block_size,
             stop_at_blocks=any(isinstance(group.spec, MambaSpec) for group in cache_config.groups),
+            snapshot_interval=self.connector.snapshot_interval_tokens,
         )
 
     def __enter__(self) -> ReplayLoop:
@@ -138,14 +139,14 @@ class ReplayLoop:
         boundary = device_hit + external
         start = min(boundary, request.num_tokens - 1)
         if not self._cache.admit(
-            _as_serving(request), device_hit, boundary, self._chunk(start, request.num_tokens)
+            _as_serving(request), device_hit, boundary, self._chunk(request, start, request.num_tokens)
         ):
             raise _too_small(request)
         request.num_computed_tokens = device_hit
         tables = self._cache.all_tables(_as_serving(request))
         self.connector.update_state_after_alloc(request, tables, external)
         if external:
-            self._load(request, boundary)
+            self._load(request, start)
         request.num_computed_tokens = start
         return Served(request.num_prompt_tokens, device_hit, start - device_hit)
 
@@ -161,7 +162,7 @@ class ReplayLoop:
     def _compute(self, request: _Request, end: int) -> None:
         """Compute the known tokens up to ``end``, in as many steps as it takes."""
         while request.num_computed_tokens < end:
-            chunk = self._chunk(request.num_computed_tokens, end)
+            chunk = self._chunk(request, request.num_computed_tokens, end)
             if not self._cache.extend(_as_serving(request), chunk):
                 raise _too_small(request)
             tables = self._cache.new_tables(_as_serving(request))
@@ -208,8 +209,9 @@ class ReplayLoop:
         self.connector.clear_connector_metadata()
         return results
 
-    def _chunk(self, start: int, num_tokens: int) -> Chunk:
-        return next(chunk_choices(self._rules, start, num_tokens, self._rules.shapes[0]))
+    def _chunk(self, request: _Request, start: int, num_tokens: int) -> Chunk:
+        stops = self.connector.get_snapshot_boundaries(request) if start < request.num_prompt_tokens else ()
+        return next(chunk_choices(self._rules, start, num_tokens, self._rules.shapes[0], stops))
 
 
 def _as_serving(request: _Request) -> Request:

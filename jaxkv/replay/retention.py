@@ -21,8 +21,6 @@ from jaxkv.replay.trace import Segment, TraceRequest
 from jaxkv.serving.sizing import blocks_to_serve
 from jaxkv.spec import KVCacheConfig, KVCacheGroupSpec
 
-_PREFILL_TOKENS = 2048
-
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -72,11 +70,20 @@ class RetentionResult:
 
 
 def serve_families(
-    groups: CacheGroups, families: Families, host_bytes: int, retention_interval: int | None
+    groups: CacheGroups,
+    families: Families,
+    host_bytes: int,
+    retention_interval: int | None,
+    *,
+    device_prompts: int = 1,
 ) -> RetentionResult:
-    """Serve all prompts of ``families`` and ask the pool what it holds."""
+    """Serve all prompts of ``families`` and ask the pool what it holds.
+
+    The device cache has blocks for ``device_prompts`` prompts; with few of them it hardly serves any.
+    """
     max_tokens = families.prompt_tokens + families.output_tokens
-    config = _smallest_device(groups, max_tokens)
+    prefill_tokens = max(1, families.prompt_tokens // 16)
+    config = _small_device(groups, max_tokens, prefill_tokens, device_prompts)
     offloading = OffloadingConfig(
         host_bytes,
         offload_prompt_only=False,
@@ -84,7 +91,7 @@ def serve_families(
         backend=INSTANT_BACKEND,
     )
     requests = families.prompts()
-    with ReplayLoop(config, offloading, max_tokens=max_tokens, prefill_tokens=_PREFILL_TOKENS) as loop:
+    with ReplayLoop(config, offloading, max_tokens=max_tokens, prefill_tokens=prefill_tokens) as loop:
         for family in requests:
             for request in family:
                 loop.serve(request)
@@ -100,11 +107,13 @@ def serve_families(
         )
 
 
-def _smallest_device(groups: CacheGroups, max_tokens: int) -> KVCacheConfig:
-    """Blocks for one request and no more."""
+def _small_device(
+    groups: CacheGroups, max_tokens: int, prefill_tokens: int, device_prompts: int
+) -> KVCacheConfig:
+    """So many times the blocks that one request needs."""
     return KVCacheConfig(
         tuple(
-            KVCacheGroupSpec(names, spec, blocks_to_serve(spec, max_tokens, _PREFILL_TOKENS))
+            KVCacheGroupSpec(names, spec, device_prompts * blocks_to_serve(spec, max_tokens, prefill_tokens))
             for names, spec in groups
         )
     )
