@@ -6,12 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from connector_loop import BLOCK, STATE_BLOCK, LoopRequest, hybrid_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxkv.connector.chunks import ChunkedCaches
 from jaxkv.connector.lookup import Deferral, HostPresence, Question, find_hit
 from jaxkv.connector.request_state import Tenure
-from jaxkv.connector.retention import Boundaries
-from jaxkv.connector.store_plan import SkipReason, StoreView, plan_stores, shrinking_prefixes
+from jaxkv.connector.retention import Boundaries, Retention
+from jaxkv.connector.spans import shrinking_prefixes
+from jaxkv.connector.store_plan import SkipReason, plan_stores
 from jaxkv.keys import GroupId, OffloadKey, get_offload_block_hash, get_offload_group
 from jaxkv.offload import LookupResult, OffloadingManager, ReqContext
 from jaxkv.spec import (
@@ -40,17 +43,21 @@ def other_kinds(blocks_per_chunk=1):
     return ChunkedCaches(KVCacheConfig(tuple(groups)), blocks_per_chunk)
 
 
-def view(tables, previous, complete, *, next_chunk=(0, 0, 0), limit=100, **further):
-    boundaries = further.pop("boundaries", Boundaries(8))
-    return StoreView(
+def every(interval, caches=CACHES):
+    return Boundaries(Retention(interval, (False,) * caches.num_groups))
+
+
+def view(tables, previous, complete, *, next_chunk=(0, 0, 0), limit=100, boundaries=None, **further):
+    return Tenure(
+        REQUEST,
+        ReqContext("r"),
         tables,
-        REQUEST.block_hashes,
-        (0, 0, 0),
-        next_chunk,
-        previous,
-        complete,
-        limit,
-        boundaries,
+        complete_tokens=complete,
+        previous_tokens=previous,
+        first_chunk=[0, 0, 0],
+        next_chunk=list(next_chunk),
+        limit_tokens=limit,
+        boundaries=boundaries or every(8),
         **further,
     )
 
@@ -149,7 +156,7 @@ def test_slots_of_drafted_tokens_are_never_stored():
 def test_local_chunk_that_ends_an_attention_chunk_is_not_stored():
     """At 20 tokens a new attention chunk begins: no hit reads block 4, of tokens 16 to 19."""
     tables = [list(range(10)), list(range(20, 30)), list(range(30, 40))]
-    plan = plan_stores(other_kinds(), view(tables, 12, 28, boundaries=Boundaries(4)))
+    plan = plan_stores(other_kinds(), view(tables, 12, 28, boundaries=every(4)))
     assert chunks_of(plan, LOCAL) == [2, 3, 5, 6]
     assert plan.skipped[LOCAL, SkipReason.RELEASED] == 2
     assert plan.skipped[LOCAL, SkipReason.UNREACHABLE] == 1
@@ -158,7 +165,7 @@ def test_local_chunk_that_ends_an_attention_chunk_is_not_stored():
 
 def test_local_chunk_keeps_only_blocks_a_later_token_can_read():
     tables = [list(range(10)), list(range(20, 30)), list(range(30, 40))]
-    plan = plan_stores(other_kinds(4), view(tables, 0, 32, boundaries=Boundaries(16)))
+    plan = plan_stores(other_kinds(4), view(tables, 0, 32, boundaries=every(16)))
     assert stored(plan)[(LOCAL, 0)] == (-1, -1, 22, 23)
     assert stored(plan)[(LOCAL, 1)] == (-1, -1, -1, 27)
 
@@ -166,9 +173,9 @@ def test_local_chunk_keeps_only_blocks_a_later_token_can_read():
 def test_sinks_can_be_stored_as_long_as_the_request_runs():
     """At 32 tokens the window reads tokens 23 to 31; sinks are tokens 0 to 5, of blocks 0 and 1."""
     tables = [list(range(10)), list(range(20, 30)), list(range(30, 40))]
-    plan = plan_stores(other_kinds(), view(tables, 32, 40, boundaries=Boundaries(4)))
+    plan = plan_stores(other_kinds(), view(tables, 32, 40, boundaries=every(4)))
     assert chunks_of(plan, SINK) == [0, 1, 5, 6, 7, 8, 9]
-    plan = plan_stores(other_kinds(8), view(tables, 32, 40, boundaries=Boundaries(32)))
+    plan = plan_stores(other_kinds(8), view(tables, 32, 40, boundaries=every(32)))
     assert stored(plan)[(SINK, 0)] == (30, 31, -1, -1, -1, 35, 36, 37)
 
 
@@ -312,14 +319,14 @@ def make_tenure():
         first_chunk=[0, 0, 0],
         next_chunk=[0, 0, 0],
         limit_tokens=None,
-        boundaries=Boundaries(8),
+        boundaries=every(8),
     )
 
 
 def test_tokens_count_once_their_step_has_ended():
     tenure = make_tenure()
     tenure.add_blocks([[1], [2], [3]])
-    assert (tenure.running, tenure.is_due, tenure.complete_tokens) == (False, False, 8)
+    assert (tenure.running, tenure.complete_tokens) == (False, 8)
     tenure.request.num_computed_tokens = 12
     tenure.end_step(4)
     assert (tenure.running, tenure.is_due, tenure.complete_tokens) == (True, True, 12)
@@ -331,3 +338,13 @@ def test_drafted_tokens_that_were_rejected_do_not_count():
     tenure.request.num_computed_tokens = 9
     tenure.end_step(4)
     assert tenure.complete_tokens == 9
+
+
+@settings(max_examples=300)
+@given(st.integers(1, 60), st.sampled_from([4, 8, 12]), st.integers(1, 30))
+def test_groups_said_to_keep_all_need_every_chunk(window, block_size, interval_in_chunks):
+    spec = SlidingWindowSpec(block_size, 1, 1, np.int64, sliding_window=window)
+    caches = ChunkedCaches(KVCacheConfig((KVCacheGroupSpec(("w",), spec, 9),)), 1)
+    retention = Retention.of(caches, interval_in_chunks * block_size)
+    needs = Boundaries(retention).needs
+    assert retention.keeps_all == (all(needs(caches.hit_groups[0], chunk) for chunk in range(40, 80)),)

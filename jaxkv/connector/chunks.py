@@ -11,12 +11,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import assert_never, final
 
 from jaxkv.errors import ConfigError
 from jaxkv.hits import HitGroup
 from jaxkv.keys import BlockHash, GroupId, KeyRun
-from jaxkv.spec import KVCacheConfig, MambaSpec
+from jaxkv.spec import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    LayerSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
 
 @final
@@ -26,7 +34,8 @@ class ChunkedCaches:
 
     ``hit_groups`` are the groups as hit search sees them. Hits end at a multiple of ``alignment_tokens``, a
     chunk boundary of every group, or (``keeps_tails``) at any multiple of ``tokens_per_hash`` where the
-    chunks it cuts were stored as they were there.
+    chunks it cuts were stored as they were there. ``reads_whole_chunks`` says for each group whether a chunk
+    is one block, all of which the boundary at its end reads.
     """
 
     config: KVCacheConfig
@@ -34,6 +43,7 @@ class ChunkedCaches:
     hit_groups: tuple[HitGroup, ...] = field(init=False)
     alignment_tokens: int = field(init=False)
     tokens_per_hash: int = field(init=False)
+    reads_whole_chunks: tuple[bool, ...] = field(init=False)
     _lookahead: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -44,6 +54,8 @@ class ChunkedCaches:
         object.__setattr__(self, "alignment_tokens", math.lcm(*(group.tokens_per_chunk for group in groups)))
         object.__setattr__(self, "tokens_per_hash", self.config.hash_block_size)
         object.__setattr__(self, "_lookahead", tuple(int(g.is_eagle_group) for g in self.config.groups))
+        whole = (self.blocks_per_chunk == 1 and _reads_whole_blocks(group.spec) for group in groups)
+        object.__setattr__(self, "reads_whole_chunks", tuple(whole))
 
     @property
     def num_groups(self) -> int:
@@ -65,6 +77,11 @@ class ChunkedCaches:
 
     def named_at_tokens(self, group: GroupId, end_tokens: int) -> int:
         """Tokens that must be computed before a chunk that ends at ``end_tokens`` is final and has a name."""
+        return end_tokens + self._lookahead[group] * self.tokens_per_hash
+
+    def chunk_named_at_tokens(self, group: GroupId, chunk: int) -> int:
+        """As ``named_at_tokens`` for the end of a whole chunk."""
+        end_tokens = (chunk + 1) * self.hit_groups[group].tokens_per_chunk
         return end_tokens + self._lookahead[group] * self.tokens_per_hash
 
     def num_named_chunks(self, group: GroupId, num_tokens: int) -> int:
@@ -91,3 +108,16 @@ class ChunkedCaches:
     def is_state(self, group: GroupId) -> bool:
         """Whether a chunk keeps one recurrent state, that of its last block, and nothing of the others."""
         return isinstance(self.config.groups[group].spec, MambaSpec)
+
+
+def _reads_whole_blocks(spec: LayerSpec) -> bool:
+    """Whether the token behind a block reads something of it, wherever the block lies."""
+    match spec:
+        case FullAttentionSpec() | MLAAttentionSpec():
+            return True
+        case SlidingWindowSpec(sliding_window=window):
+            return window > 1
+        case ChunkedLocalAttentionSpec() | MambaSpec():
+            return False
+        case _:
+            assert_never(spec)

@@ -9,7 +9,6 @@ from jaxkv.connector.lookup import Hit
 from jaxkv.connector.protocols import BlockTables, Request
 from jaxkv.connector.request_params import RequestParams
 from jaxkv.connector.retention import Boundaries
-from jaxkv.connector.store_plan import StoreView
 from jaxkv.keys import BlockId, GroupId, JobId
 from jaxkv.offload.base import LoadStoreSpec, OffloadPolicy, ReqContext
 
@@ -20,11 +19,16 @@ class Tenure:
     """One stay of a request on the device, from admission until it finishes or is preempted.
 
     ``tables`` only ever grow: blocks the loop took back keep their entry, for a store may still read them.
-    ``complete_tokens`` are on the device once the last step has ended; at first they are those the device
-    held already and those that are loaded. A request is not ``running`` before its first step has ended:
-    until then another request may still be about to write what the device cache lends it.
-    Chunks before ``first_chunk`` are not to be stored, those before ``next_chunk`` were planned or passed.
-    ``due_tokens`` must be complete before there is more to store.
+    ``complete_tokens`` are on the device once the last step has ended (at first those the device held already
+    and those that are loaded), ``previous_tokens`` were a step before. A request is not ``running`` before
+    its first step has ended: until then another request may still be about to write what the device cache
+    lends it. One that ``has_ended`` is planned for once more.
+
+    Of what to store: ``limit_tokens`` is how far (``None``: all). ``first_chunk`` and ``next_chunk`` have an
+    entry per group: where storing may begin, and where it goes on. ``boundaries`` are where later requests
+    may start from; ``tail_tokens`` is where a tail is still to be stored. ``handed_states`` are blocks
+    outside the tables that hold the state of a group at a boundary. There is nothing more to store until
+    ``due_tokens`` are complete; ``None``: there never is.
     """
 
     request: Request
@@ -47,32 +51,22 @@ class Tenure:
         for table, new in zip(self.tables, new_blocks, strict=True):
             table.extend(new)
 
-    def end_step(self, num_scheduled_tokens: int) -> None:
-        """A step of so many tokens ran. Drafted tokens that were rejected do not count as computed."""
+    def end_step(self, num_scheduled_tokens: int) -> bool:
+        """A step of so many tokens ran. Drafted tokens that were rejected do not count as computed.
+
+        Answers whether there is something to store now.
+        """
         self.running = True
-        reached = self.complete_tokens + num_scheduled_tokens
-        self.complete_tokens = max(self.complete_tokens, min(reached, self.request.num_computed_tokens))
+        complete = self.previous_tokens = self.complete_tokens
+        reached = min(complete + num_scheduled_tokens, self.request.num_computed_tokens)
+        if reached > complete:
+            self.complete_tokens = complete = reached
+        return self.due_tokens is not None and complete >= self.due_tokens
 
     @property
     def is_due(self) -> bool:
-        """Whether there is something to store."""
-        return self.running and self.due_tokens is not None and self.complete_tokens >= self.due_tokens
-
-    def store_view(self) -> StoreView:
-        """The tenure as store planning sees it."""
-        return StoreView(
-            tables=self.tables,
-            block_hashes=self.request.block_hashes,
-            first_chunk=self.first_chunk,
-            next_chunk=self.next_chunk,
-            previous_tokens=self.previous_tokens,
-            complete_tokens=self.complete_tokens,
-            limit_tokens=self.limit_tokens,
-            boundaries=self.boundaries,
-            tail_tokens=self.tail_tokens,
-            handed_states=self.handed_states,
-            has_ended=self.has_ended,
-        )
+        """Whether there is something to store of what is complete."""
+        return self.due_tokens is not None and self.complete_tokens >= self.due_tokens
 
 
 @final

@@ -7,20 +7,59 @@ boundary. All others take room from what somebody can use.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import assert_never, final
 
 from jaxkv.connector.chunks import ChunkedCaches
 from jaxkv.errors import ConfigError
 from jaxkv.hits import HitGroup, unread_chunks
-from jaxkv.spec import FullAttentionSpec, MLAAttentionSpec
+from jaxkv.spec import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """Every multiple of ``interval_tokens`` is worth keeping for (``None``: no such boundary).
+
+    ``keeps_all`` says for each group whether that takes every chunk.
+    """
+
+    interval_tokens: int | None
+    keeps_all: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, caches: ChunkedCaches, retention_interval: int | None) -> Retention:
+        """The meaning of ``OffloadingConfig.retention_interval`` for these caches.
+
+        Raises ``ConfigError`` where hits could not end at its multiples.
+        """
+        interval: int | None = caches.alignment_tokens
+        if retention_interval is not None:
+            if retention_interval % caches.alignment_tokens:
+                raise ConfigError(
+                    f"retention_interval is {retention_interval}, but hits of these groups end at multiples "
+                    f"of {caches.alignment_tokens} tokens; give a multiple of that, 0, or None"
+                )
+            interval = retention_interval or None
+        return cls(interval, tuple(_keeps_all(group, interval) for group in caches.hit_groups))
+
+    def next_boundary(self, num_tokens: int) -> int | None:
+        """The first regular boundary from ``num_tokens`` on."""
+        interval = self.interval_tokens
+        return None if interval is None else -(-num_tokens // interval) * interval
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Boundaries:
-    """Every multiple of ``interval_tokens`` (``None``: no such) and each of ``points``."""
+    """Where hits that start with one request's tokens may end: the regular ones, and each of ``points``."""
 
-    interval_tokens: int | None
+    retention: Retention
     points: tuple[int, ...] = ()
 
     def needs(self, group: HitGroup, chunk: int) -> bool:
@@ -32,27 +71,26 @@ class Boundaries:
         if isinstance(group.spec, FullAttentionSpec | MLAAttentionSpec):
             return True
         end = (chunk + 1) * group.tokens_per_chunk
-        near = (
-            () if self.interval_tokens is None else (-(-end // self.interval_tokens) * self.interval_tokens,)
-        )
-        return any(
-            point >= end and chunk not in unread_chunks(group, point) for point in (*near, *self.points)
-        )
+        regular = self.retention.next_boundary(end)
+        if regular is not None and chunk not in unread_chunks(group, regular):
+            return True
+        return any(point >= end and chunk not in unread_chunks(group, point) for point in self.points)
 
 
-def interval_tokens(caches: ChunkedCaches, retention_interval: int | None) -> int | None:
-    """Distance of the regular boundaries; ``retention_interval`` as in ``OffloadingConfig``.
-
-    Raises ``ConfigError`` where hits could not end at its multiples.
-    """
-    if retention_interval is None:
-        return caches.alignment_tokens
-    if retention_interval % caches.alignment_tokens:
-        raise ConfigError(
-            f"retention_interval is {retention_interval}, but hits of these groups end at multiples of "
-            f"{caches.alignment_tokens} tokens; give a multiple of that, 0, or None"
-        )
-    return retention_interval or None
+def _keeps_all(group: HitGroup, interval_tokens: int | None) -> bool:
+    """Whether the regular boundaries need every chunk of a group."""
+    match group.spec:
+        case FullAttentionSpec() | MLAAttentionSpec():
+            return True
+        case SlidingWindowSpec(sliding_window=window):
+            # The chunk furthest in front of the boundary behind it must reach into the window.
+            return interval_tokens is not None and interval_tokens - group.tokens_per_chunk < window - 1
+        case ChunkedLocalAttentionSpec():
+            return False
+        case MambaSpec():
+            return interval_tokens == group.tokens_per_chunk
+        case _:
+            assert_never(group.spec)
 
 
 def prompt_boundaries(

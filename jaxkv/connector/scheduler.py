@@ -11,7 +11,7 @@ length of contexts or the size of the pool.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -26,7 +26,7 @@ from jaxkv.connector.metrics import ConnectorStats, Metrics
 from jaxkv.connector.protocols import BlockTables, PartialTailOffload, Request, SchedulerOutput
 from jaxkv.connector.request_params import RequestParams
 from jaxkv.connector.request_state import RequestState, Tenure
-from jaxkv.connector.retention import Boundaries, interval_tokens, prompt_boundaries
+from jaxkv.connector.retention import Boundaries, Retention, prompt_boundaries
 from jaxkv.connector.stores import StorePlanner
 from jaxkv.errors import RequestError
 from jaxkv.keys import GroupId
@@ -59,13 +59,14 @@ class OffloadingScheduler:
         self._manager = manager
         self._events = events
         self._policy = policy or StorePolicy()
-        self._interval_tokens = interval_tokens(caches, self._policy.retention_interval)
+        self._retention = Retention.of(caches, self._policy.retention_interval)
         self._metrics = Metrics(caches)
         self._jobs = JobTable(num_workers)
         self._loads = LoadPlanner(caches, manager, self._jobs, self._metrics)
         self._stores = StorePlanner(caches, manager, self._jobs, self._metrics, events)
         self._requests: dict[str, RequestState] = {}
-        self._stepping: list[tuple[Tenure, int]] = []
+        self._step: Mapping[str, int] = {}
+        self._left_in_step: list[tuple[Tenure, int]] = []
         self._due: dict[Tenure, None] = {}
         self._departed: list[ReqContext] = []
         self._kept_blocks: set[str] = set()
@@ -157,7 +158,7 @@ class OffloadingScheduler:
             first_chunk=first_chunk,
             next_chunk=list(first_chunk),
             limit_tokens=limit,
-            boundaries=Boundaries(self._interval_tokens, points),
+            boundaries=Boundaries(self._retention, points),
             tail_tokens=tail,
         )
 
@@ -176,6 +177,7 @@ class OffloadingScheduler:
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> OffloadingConnectorMetadata:
         """See ``KVConnectorBase``. Stores cover what was complete when the last step ended."""
+        self._drop_step()
         for req_id in scheduler_output.preempted_req_ids:
             self._end_preempted(self._requests.get(req_id))
         self._take_handed_states(scheduler_output)
@@ -188,32 +190,44 @@ class OffloadingScheduler:
         self._manager.on_schedule_end()
         return OffloadingConnectorMetadata(stores, self._loads.take_unsent())
 
+    def _drop_step(self) -> None:
+        """A step that is still open broke off: its tokens were never computed, but blocks may be gone."""
+        for req_id in self._step:
+            state = self._requests.get(req_id)
+            if state is not None and state.tenure is not None:
+                state.tenure.previous_tokens = state.tenure.complete_tokens
+        for tenure, _ in self._left_in_step:
+            tenure.previous_tokens = tenure.complete_tokens
+        self._step, self._left_in_step = {}, []
+
     def _begin_step(self, scheduler_output: SchedulerOutput) -> None:
-        """Note who computes what. What an earlier step left unreported was never computed: it broke off."""
-        self._stepping = []
         for req_id, new_blocks in scheduler_output.new_block_ids.items():
             state = self._requests.get(req_id)
             if state is not None and state.tenure is not None and new_blocks:
                 state.tenure.add_blocks(new_blocks)
-        for req_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
-            state = self._requests.get(req_id)
-            if state is not None and state.tenure is not None:
-                state.tenure.previous_tokens = state.tenure.complete_tokens
-                self._stepping.append((state.tenure, num_tokens))
+        self._step = scheduler_output.num_scheduled_tokens
 
     def update_connector_output(self, output: KVConnectorOutput) -> None:
         """See ``KVConnectorBase``. It says that the step ran; without it a step is not stored."""
-        for tenure, num_tokens in self._stepping:
-            tenure.end_step(num_tokens)
-            if tenure.is_due:
-                self._due[tenure] = None
-        self._stepping = []
+        self._end_step()
         if not isinstance(output.worker_meta, OffloadingWorkerMetadata):
             return
         for result in output.worker_meta.results:
             ended = self._jobs.report(result)
             if ended is not None:
                 self._end_job(*ended)
+
+    def _end_step(self) -> None:
+        left = {tenure.ctx.req_id for tenure, _ in self._left_in_step}
+        for req_id, num_tokens in self._step.items():
+            state = self._requests.get(req_id)
+            tenure = state.tenure if state is not None else None
+            if tenure is not None and req_id not in left and tenure.end_step(num_tokens):
+                self._due[tenure] = None
+        for tenure, num_tokens in self._left_in_step:
+            tenure.end_step(num_tokens)
+            self._due[tenure] = None
+        self._step, self._left_in_step = {}, []
 
     def has_pending_push_work(self) -> bool:
         """See ``KVConnectorBase``: last chunks to plan, or jobs that have not been reported."""
@@ -306,7 +320,10 @@ class OffloadingScheduler:
     def _retire(self, tenure: Tenure) -> None:
         """Its last chunks are planned with the next step, those of a step that is running included."""
         tenure.has_ended = True
-        if tenure.running or any(tenure is stepping for stepping, _ in self._stepping):
+        num_tokens = self._step.get(tenure.ctx.req_id)
+        if num_tokens is not None:
+            self._left_in_step.append((tenure, num_tokens))
+        if tenure.running:
             self._due[tenure] = None
 
     def _end_preempted(self, state: RequestState | None) -> None:
@@ -357,7 +374,7 @@ class OffloadingScheduler:
 
     def _skip_to_present(self, tenure: Tenure) -> None:
         """What is on the device now, and what a running step computes from it, will not be stored."""
-        reached = tenure.complete_tokens + sum(count for other, count in self._stepping if other is tenure)
+        reached = tenure.complete_tokens + self._step.get(tenure.ctx.req_id, 0)
         present = self._chunks_before(reached)
         tenure.next_chunk = [max(pair) for pair in zip(tenure.next_chunk, present, strict=True)]
         tenure.handed_states = {}
@@ -384,7 +401,7 @@ class OffloadingScheduler:
         self._loads.take_unsent()
         self._requests.clear()
         self._due.clear()
-        self._stepping.clear()
+        self._step, self._left_in_step = {}, []
         self._departed.clear()
         self._kept_blocks.clear()
         self._manager.shutdown()

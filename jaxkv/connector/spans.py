@@ -19,9 +19,12 @@ BlockIds = npt.NDArray[np.int32]
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class ChunkSpan:
-    """Chunks ``chunks`` of a group, and their keys. A tail is one chunk cut short at ``cut_tokens``."""
+    """Chunks ``chunks`` of a group, and their keys. A tail is one chunk cut short at ``cut_tokens``.
+
+    Not to be changed (it is not frozen because a step makes many).
+    """
 
     group: GroupId
     chunks: range
@@ -30,6 +33,18 @@ class ChunkSpan:
 
     def __len__(self) -> int:
         return len(self.chunks)
+
+
+@final
+@dataclass(slots=True, eq=False)
+class PlannedSpan:
+    """Chunks to store and their blocks, ``blocks_per_chunk`` for each; -1 where nothing is kept.
+
+    Not to be changed.
+    """
+
+    span: ChunkSpan
+    block_ids: BlockIds
 
 
 def whole_span(
@@ -84,11 +99,45 @@ def block_ids(caches: ChunkedCaches, span: ChunkSpan, table: Sequence[BlockId | 
     """The blocks of a span, ``blocks_per_chunk`` for each chunk; -1 where it has none or no payload."""
     blocks = caches.blocks(span.chunks)
     held = table[blocks.start : blocks.stop]
+    keep = payload_blocks(caches, span)
+    if keep == blocks and len(held) == len(blocks) and None not in held:
+        return np.array(held, np.int32)
     ids = np.full(len(blocks), -1, np.int32)
     ids[: len(held)] = [-1 if block is None else block for block in held]
-    keep = payload_blocks(caches, span)
     if keep != blocks:
         no_payload = np.ones(len(blocks), bool)
         no_payload[keep.start - blocks.start : keep.stop - blocks.start : keep.step] = False
         ids[no_payload] = -1
     return ids
+
+
+def shrinking_prefixes(
+    caches: ChunkedCaches, spans: Sequence[PlannedSpan]
+) -> Iterator[Sequence[PlannedSpan]]:
+    """All spans, then those of ever shorter prefixes, each of about half as many boundaries.
+
+    A pool that has no room for all of a long step may have room for its beginning.
+    """
+    if not spans:
+        return
+    yield spans
+    ends = sorted({end for planned in spans for end in _chunk_ends(caches, planned.span)})
+    while len(ends) > 1:
+        ends = ends[: len(ends) // 2]
+        yield [part for planned in spans if (part := _up_to(caches, planned, ends[-1])) is not None]
+
+
+def _chunk_ends(caches: ChunkedCaches, span: ChunkSpan) -> Sequence[int]:
+    if span.cut_tokens is not None:
+        return (span.cut_tokens,)
+    size = caches.tokens_per_chunk(span.group)
+    return range((span.chunks.start + 1) * size, span.chunks.stop * size + 1, size)
+
+
+def _up_to(caches: ChunkedCaches, planned: PlannedSpan, limit_tokens: int) -> PlannedSpan | None:
+    span = planned.span
+    count = sum(end <= limit_tokens for end in _chunk_ends(caches, span))
+    if count in (0, len(span)):
+        return planned if count else None
+    part = ChunkSpan(span.group, span.chunks[:count], span.keys[:count], span.cut_tokens)
+    return PlannedSpan(part, planned.block_ids[: count * caches.blocks_per_chunk])

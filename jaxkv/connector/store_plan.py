@@ -9,16 +9,19 @@ not.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import assert_never, final
 
+import numpy as np
+
 from jaxkv.connector.chunks import ChunkedCaches
+from jaxkv.connector.request_state import Tenure
 from jaxkv.connector.retention import Boundaries
 from jaxkv.connector.spans import (
-    BlockIds,
     ChunkSpan,
+    PlannedSpan,
     block_ids,
     end_tokens_of,
     payload_blocks,
@@ -27,7 +30,7 @@ from jaxkv.connector.spans import (
     whole_span,
 )
 from jaxkv.hits import cut_chunk, required_chunks, unread_blocks
-from jaxkv.keys import BlockHash, BlockId, GroupId
+from jaxkv.keys import GroupId
 from jaxkv.spec import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
@@ -57,46 +60,6 @@ Skipped = Counter[tuple[GroupId, SkipReason]]
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class StoreView:
-    """What store planning may know of a request.
-
-    ``complete_tokens`` is the end of the last finished step, ``previous_tokens`` that of the step before;
-    ``limit_tokens`` is how far the request wants to be stored (``None``: all). ``first_chunk`` and
-    ``next_chunk`` have one entry per group: where storing may begin, and where it goes on. ``tail_tokens`` is
-    where a tail is still to be stored. ``handed_states`` are blocks outside the tables that hold the state of
-    a group at a boundary. A request that ``has_ended`` makes its own last boundary one that later requests
-    can start from.
-    """
-
-    tables: Sequence[Sequence[BlockId | None]]
-    block_hashes: Sequence[BlockHash]
-    first_chunk: Sequence[int]
-    next_chunk: Sequence[int]
-    previous_tokens: int
-    complete_tokens: int
-    limit_tokens: int | None
-    boundaries: Boundaries
-    tail_tokens: int | None = None
-    handed_states: Mapping[tuple[GroupId, int], BlockId] = field(default_factory=dict)
-    has_ended: bool = False
-
-    def state_stands_at(self, group: GroupId, end_tokens: int) -> bool:
-        """Whether the recurrent state at a boundary is on the device: a step, or a load, ended there."""
-        ends = (self.previous_tokens, self.complete_tokens)
-        return end_tokens in ends or (group, end_tokens) in self.handed_states
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class PlannedSpan:
-    """Chunks to store and their blocks, ``blocks_per_chunk`` for each; -1 where nothing is kept."""
-
-    span: ChunkSpan
-    block_ids: BlockIds
-
-
-@final
 @dataclass(slots=True)
 class StorePlan:
     """``spans`` group after group; ``skipped`` chunks will not become storable while the request runs.
@@ -110,215 +73,186 @@ class StorePlan:
     tail_tokens: int | None = None
 
 
-def plan_stores(caches: ChunkedCaches, view: StoreView) -> StorePlan:
-    """All complete chunks from ``view.next_chunk`` on, and the tail once it is computed."""
-    horizon = _horizon(caches, view)
-    end_view = _ended(caches, view, horizon) if view.has_ended else view
-    plan = StorePlan()
-    tail = _plan_tail(caches, view, plan, horizon)
-    for index, first in enumerate(view.next_chunk):
-        group = GroupId(index)
-        end = max(first, caches.num_named_chunks(group, horizon))
-        if end_view is not view:
-            _plan_passed(caches, view, plan, group, end_view.boundaries)
-        _plan_group(caches, end_view, plan, group, range(first, end))
-        if group in tail:
-            _add(caches, view, plan, tail[group])
-        plan.next_chunk.append(end)
-    return plan
+def plan_stores(caches: ChunkedCaches, tenure: Tenure) -> StorePlan:
+    """All complete chunks from ``tenure.next_chunk`` on, and the tail once it is computed."""
+    return _Planning(caches, tenure).run()
 
 
-def _horizon(caches: ChunkedCaches, view: StoreView) -> int:
-    known = min(view.complete_tokens, caches.hashed_tokens(view.block_hashes))
-    return known if view.limit_tokens is None else min(known, view.limit_tokens)
+def next_due_tokens(caches: ChunkedCaches, tenure: Tenure) -> int | None:
+    """Tokens that must be complete before more can be stored; ``None`` if nothing ever can."""
+    limit, due = tenure.limit_tokens, None
+    for group, first in enumerate(tenure.next_chunk):
+        end = caches.chunk_named_at_tokens(GroupId(group), first)
+        if (limit is None or end <= limit) and (due is None or end < due):
+            due = end
+    if tenure.tail_tokens is not None:
+        tail = max(caches.named_at_tokens(GroupId(g), tenure.tail_tokens) for g in range(caches.num_groups))
+        due = tail if due is None else min(due, tail)
+    return due
 
 
-def _ended(caches: ChunkedCaches, view: StoreView, horizon: int) -> StoreView:
-    """The view with the boundary at which the request ended, unless that needs nothing new."""
-    last = horizon - horizon % caches.alignment_tokens
-    interval, points = view.boundaries.interval_tokens, view.boundaries.points
-    if last == 0 or last in points or (interval is not None and last % interval == 0):
-        return view
-    return replace(view, boundaries=Boundaries(interval, (*points, last)))
+@final
+class _Planning:
+    """One plan in the making."""
 
+    def __init__(self, caches: ChunkedCaches, tenure: Tenure) -> None:
+        self._caches = caches
+        self._tenure = tenure
+        self._boundaries = tenure.boundaries
+        self._plan = StorePlan()
 
-def next_due_tokens(caches: ChunkedCaches, view: StoreView) -> int | None:
-    """Tokens that must be complete before more of ``view`` can be stored; ``None`` if nothing ever can."""
-    ends = [
-        caches.named_at_tokens(GroupId(group), (first + 1) * caches.tokens_per_chunk(GroupId(group)))
-        for group, first in enumerate(view.next_chunk)
-    ]
-    if view.tail_tokens is not None:
-        ends.append(
-            max(caches.named_at_tokens(GroupId(g), view.tail_tokens) for g in range(caches.num_groups))
-        )
-    limit = view.limit_tokens
-    return min((end for end in ends if limit is None or end <= limit), default=None)
+    def run(self) -> StorePlan:
+        caches, tenure, plan = self._caches, self._tenure, self._plan
+        horizon = min(tenure.complete_tokens, caches.hashed_tokens(tenure.request.block_hashes))
+        if tenure.limit_tokens is not None:
+            horizon = min(horizon, tenure.limit_tokens)
+        tail = self._plan_tail(tenure.tail_tokens, horizon) if tenure.tail_tokens is not None else {}
+        last = self._last_boundary(horizon) if tenure.has_ended else None
+        for index, first in enumerate(tenure.next_chunk):
+            group = GroupId(index)
+            if last is not None:
+                self._plan_passed(group, last)
+            end = max(first, caches.num_named_chunks(group, horizon))
+            if end > first:
+                self._plan_group(group, range(first, end))
+            if group in tail:
+                self._add(tail[group])
+            plan.next_chunk.append(end)
+        return plan
 
+    def _plan_group(self, group: GroupId, chunks: range) -> None:
+        match self._caches.config.groups[group].spec:
+            case FullAttentionSpec() | MLAAttentionSpec():
+                wanted: Sequence[int] = chunks
+            case SlidingWindowSpec() | ChunkedLocalAttentionSpec():
+                wanted = self._not_given_back(group, chunks)
+            case MambaSpec():
+                wanted = self._standing_states(group, chunks)
+                num_gone = len(chunks) - sum(chunk in chunks for chunk in wanted)
+                self._skip(group, SkipReason.NO_STATE, num_gone)
+            case spec:
+                assert_never(spec)
+        self._plan_chunks(group, wanted)
 
-def shrinking_prefixes(
-    caches: ChunkedCaches, spans: Sequence[PlannedSpan]
-) -> Iterator[Sequence[PlannedSpan]]:
-    """All spans, then those of ever shorter prefixes, each of about half as many boundaries.
+    def _standing_states(self, group: GroupId, chunks: range) -> Sequence[int]:
+        """Those of ``chunks``, and of those handed over, at whose end a recurrent state is on the device."""
+        tenure, size = self._tenure, self._caches.tokens_per_chunk(group)
+        ends = {end for end in (tenure.previous_tokens, tenure.complete_tokens) if end // size - 1 in chunks}
+        ends |= {end for owner, end in tenure.handed_states if owner == group}
+        return [end // size - 1 for end in sorted(ends) if end and end % size == 0]
 
-    A pool that has no room for all of a long step may have room for its beginning.
-    """
-    if not spans:
-        return
-    yield spans
-    ends = sorted({end for planned in spans for end in _chunk_ends(caches, planned.span)})
-    while len(ends) > 1:
-        ends = ends[: len(ends) // 2]
-        yield [part for planned in spans if (part := _up_to(caches, planned, ends[-1])) is not None]
+    def _not_given_back(self, group: GroupId, chunks: range) -> Sequence[int]:
+        """Chunks less those of which every block went back before the last step."""
+        spec, size = self._caches.config.groups[group].spec, self._caches.blocks_per_chunk
+        given_back = unread_blocks(spec, self._tenure.previous_tokens)
+        first, end = -(-given_back.start // size), given_back.stop // size
+        gone = range(max(first, chunks.start), min(end, chunks.stop))
+        if not gone:
+            return chunks
+        self._skip(group, SkipReason.RELEASED, len(gone))
+        return (*range(chunks.start, gone.start), *range(gone.stop, chunks.stop))
 
-
-def _chunk_ends(caches: ChunkedCaches, span: ChunkSpan) -> Sequence[int]:
-    if span.cut_tokens is not None:
-        return (span.cut_tokens,)
-    size = caches.tokens_per_chunk(span.group)
-    return range((span.chunks.start + 1) * size, span.chunks.stop * size + 1, size)
-
-
-def _up_to(caches: ChunkedCaches, planned: PlannedSpan, limit_tokens: int) -> PlannedSpan | None:
-    span = planned.span
-    count = sum(end <= limit_tokens for end in _chunk_ends(caches, span))
-    if count in (0, len(span)):
-        return planned if count else None
-    part = ChunkSpan(span.group, span.chunks[:count], span.keys[:count], span.cut_tokens)
-    return PlannedSpan(part, planned.block_ids[: count * caches.blocks_per_chunk])
-
-
-def _plan_group(
-    caches: ChunkedCaches, view: StoreView, plan: StorePlan, group: GroupId, chunks: range
-) -> None:
-    match caches.config.groups[group].spec:
-        case FullAttentionSpec() | MLAAttentionSpec():
-            wanted: Sequence[int] = chunks
-        case SlidingWindowSpec() | ChunkedLocalAttentionSpec():
-            wanted = _not_given_back(caches, view, plan, group, chunks)
-        case MambaSpec():
-            wanted = _standing_states(caches, view, group, chunks)
-            plan.skipped[group, SkipReason.NO_STATE] += len(chunks) - sum(chunk in chunks for chunk in wanted)
-        case spec:
-            assert_never(spec)
-    _plan_chunks(caches, view, plan, group, wanted)
-
-
-def _standing_states(caches: ChunkedCaches, view: StoreView, group: GroupId, chunks: range) -> Sequence[int]:
-    """Those of ``chunks``, and of those handed over, at whose end a recurrent state is on the device."""
-    size = caches.tokens_per_chunk(group)
-    handed = {end for owner, end in view.handed_states if owner == group}
-    ends = [end for end in (view.previous_tokens, view.complete_tokens) if end // size - 1 in chunks]
-    return [end // size - 1 for end in sorted({*ends, *handed}) if end and end % size == 0]
-
-
-def _not_given_back(
-    caches: ChunkedCaches, view: StoreView, plan: StorePlan, group: GroupId, chunks: range
-) -> Sequence[int]:
-    """Chunks less those of which every block went back before the last step."""
-    given_back = unread_blocks(caches.config.groups[group].spec, view.previous_tokens)
-    size = caches.blocks_per_chunk
-    first, end = -(-given_back.start // size), given_back.stop // size
-    gone = range(max(first, chunks.start), min(end, chunks.stop))
-    if not gone:
-        return chunks
-    plan.skipped[group, SkipReason.RELEASED] += len(gone)
-    return (*range(chunks.start, gone.start), *range(gone.stop, chunks.stop))
-
-
-def _plan_chunks(
-    caches: ChunkedCaches, view: StoreView, plan: StorePlan, group: GroupId, wanted: Sequence[int]
-) -> None:
-    """Plan those of ``wanted`` (ascending) whose bytes are there; neighbours become one span."""
-    if isinstance(wanted, range) and _is_plain(caches, view, group, wanted):
-        chosen = [wanted] if wanted else []
-    else:
-        chosen = []
+    def _plan_chunks(self, group: GroupId, wanted: Sequence[int]) -> None:
+        """Plan those of ``wanted`` (ascending) whose bytes are there; neighbours become one span."""
+        if isinstance(wanted, range) and self._add_at_once(group, wanted):
+            return
+        chosen: list[range] = []
         for chunk in wanted:
-            reason = _why_skipped(caches, view, group, chunk)
+            reason = self._why_skipped(group, chunk)
             if reason is not None:
-                plan.skipped[group, reason] += 1
+                self._skip(group, reason, 1)
             elif chosen and chosen[-1].stop == chunk:
                 chosen[-1] = range(chosen[-1].start, chunk + 1)
             else:
                 chosen.append(range(chunk, chunk + 1))
-    for chunks in chosen:
-        _add(caches, view, plan, whole_span(caches, view.block_hashes, group, chunks))
+        for chunks in chosen:
+            self._add(self._whole(group, chunks))
 
+    def _add_at_once(self, group: GroupId, chunks: range) -> bool:
+        """Plan all of ``chunks`` without a look at each, if every one is kept, whole and held."""
+        caches, table = self._caches, self._tenure.tables[group]
+        if not (caches.reads_whole_chunks[group] and self._boundaries.retention.keeps_all[group]):
+            return False
+        held = table[chunks.start : chunks.stop]
+        if len(held) < len(chunks) or None in held:
+            return False
+        self._plan.spans.append(PlannedSpan(self._whole(group, chunks), np.array(held, np.int32)))
+        return True
 
-def _is_plain(caches: ChunkedCaches, view: StoreView, group: GroupId, chunks: range) -> bool:
-    """Whether every layer reads all of these chunks for good and the request holds all their blocks."""
-    if not isinstance(caches.config.groups[group].spec, FullAttentionSpec | MLAAttentionSpec):
-        return False
-    blocks = caches.blocks(chunks)
-    held = view.tables[group][blocks.start : blocks.stop]
-    return len(held) == len(blocks) and None not in held
+    def _whole(self, group: GroupId, chunks: range) -> ChunkSpan:
+        return whole_span(self._caches, self._tenure.request.block_hashes, group, chunks)
 
+    def _why_skipped(self, group: GroupId, chunk: int) -> SkipReason | None:
+        if not self._boundaries.needs(self._caches.hit_groups[group], chunk):
+            return SkipReason.UNREACHABLE
+        return self._why_unreadable(self._whole(group, range(chunk, chunk + 1)))
 
-def _why_skipped(caches: ChunkedCaches, view: StoreView, group: GroupId, chunk: int) -> SkipReason | None:
-    if not view.boundaries.needs(caches.hit_groups[group], chunk):
-        return SkipReason.UNREACHABLE
-    return _why_unreadable(
-        caches, view, whole_span(caches, view.block_hashes, group, range(chunk, chunk + 1))
-    )
+    def _why_unreadable(self, span: ChunkSpan) -> SkipReason | None:
+        """Whether the bytes of one chunk are on the device, and if not, why."""
+        caches, tenure = self._caches, self._tenure
+        if caches.is_state(span.group):
+            end = end_tokens_of(caches, span)
+            if (span.group, end) in tenure.handed_states:
+                return None
+            if end not in (tenure.previous_tokens, tenure.complete_tokens):
+                return SkipReason.NO_STATE
+        unread = next(unread_at_ends(caches, span), range(0))
+        wanted = [position for position in payload_blocks(caches, span) if position not in unread]
+        assert wanted, "a boundary that needs the chunk reads some of it"
+        table = tenure.tables[span.group]
+        given_back = unread_blocks(caches.config.groups[span.group].spec, tenure.previous_tokens)
+        for position in wanted:
+            if position in given_back or position >= len(table) or table[position] is None:
+                return SkipReason.RELEASED
+        return None
 
+    def _plan_tail(self, end_tokens: int, horizon: int) -> Mapping[GroupId, ChunkSpan]:
+        """The chunks that the tail cuts, by group: all of them, or none if one cannot be read any more."""
+        caches = self._caches
+        groups = [GroupId(group) for group in range(caches.num_groups)]
+        if any(caches.named_at_tokens(group, end_tokens) > horizon for group in groups):
+            self._plan.tail_tokens = end_tokens
+            return {}
+        hashes = self._tenure.request.block_hashes
+        cut = [group for group in groups if cut_chunk(caches.hit_groups[group], end_tokens) is not None]
+        spans = {group: tail_span(caches, hashes, group, end_tokens) for group in cut}
+        reasons = {group: self._why_unreadable(span) for group, span in spans.items()}
+        lost = [(group, reason) for group, reason in reasons.items() if reason is not None]
+        self._plan.skipped.update(lost)
+        return {} if lost else spans
 
-def _why_unreadable(caches: ChunkedCaches, view: StoreView, span: ChunkSpan) -> SkipReason | None:
-    """Whether the bytes of one chunk are on the device, and if not, why."""
-    if caches.is_state(span.group):
-        end = end_tokens_of(caches, span)
-        if (span.group, end) in view.handed_states:
+    def _last_boundary(self, horizon: int) -> int | None:
+        """Where the request ended, if chunks are needed there that no other boundary needs.
+
+        From now on it counts as a boundary.
+        """
+        last = horizon - horizon % self._caches.alignment_tokens
+        retention, points = self._boundaries.retention, self._boundaries.points
+        if last == 0 or last in points or retention.next_boundary(last) == last:
             return None
-        if not view.state_stands_at(span.group, end):
-            return SkipReason.NO_STATE
-    unread = next(unread_at_ends(caches, span), range(0))
-    wanted = [position for position in payload_blocks(caches, span) if position not in unread]
-    assert wanted, "a boundary that needs the chunk reads some of it"
-    spec, table = caches.config.groups[span.group].spec, view.tables[span.group]
-    given_back = unread_blocks(spec, view.previous_tokens)
-    for position in wanted:
-        if position in given_back or position >= len(table) or table[position] is None:
-            return SkipReason.RELEASED
-    return None
+        self._boundaries = Boundaries(retention, (*points, last))
+        return last
 
+    def _plan_passed(self, group: GroupId, boundary: int) -> None:
+        """What only the boundary at which the request ended needs of chunks that were passed over before."""
+        tenure, hit_group = self._tenure, self._caches.hit_groups[group]
+        passed = range(tenure.first_chunk[group], tenure.next_chunk[group])
+        for needed in required_chunks(hit_group, boundary):
+            for chunk in range(max(needed.start, passed.start), min(needed.stop, passed.stop)):
+                if not tenure.boundaries.needs(hit_group, chunk):
+                    self._plan_chunks(group, (chunk,))
 
-def _plan_tail(
-    caches: ChunkedCaches, view: StoreView, plan: StorePlan, horizon: int
-) -> Mapping[GroupId, ChunkSpan]:
-    """The chunks that the tail cuts, by group: all of them, or none if one cannot be read any more."""
-    end = view.tail_tokens
-    if end is None:
-        return {}
-    groups = [GroupId(group) for group in range(caches.num_groups)]
-    if any(caches.named_at_tokens(group, end) > horizon for group in groups):
-        plan.tail_tokens = end
-        return {}
-    cut = [group for group in groups if cut_chunk(caches.hit_groups[group], end) is not None]
-    spans = {group: tail_span(caches, view.block_hashes, group, end) for group in cut}
-    reasons = {group: _why_unreadable(caches, view, span) for group, span in spans.items()}
-    lost = [(group, reason) for group, reason in reasons.items() if reason is not None]
-    plan.skipped.update(lost)
-    return {} if lost else spans
+    def _skip(self, group: GroupId, reason: SkipReason, num_chunks: int) -> None:
+        if num_chunks:
+            self._plan.skipped[group, reason] += num_chunks
 
-
-def _plan_passed(
-    caches: ChunkedCaches, view: StoreView, plan: StorePlan, group: GroupId, final: Boundaries
-) -> None:
-    """What only the boundary at which the request ended needs of chunks that were passed over before."""
-    hit_group = caches.hit_groups[group]
-    passed = range(view.first_chunk[group], view.next_chunk[group])
-    for needed in required_chunks(hit_group, final.points[-1]):
-        for chunk in range(max(needed.start, passed.start), min(needed.stop, passed.stop)):
-            if not view.boundaries.needs(hit_group, chunk):
-                _plan_chunks(caches, replace(view, boundaries=final), plan, group, (chunk,))
-
-
-def _add(caches: ChunkedCaches, view: StoreView, plan: StorePlan, span: ChunkSpan) -> None:
-    ids = block_ids(caches, span, view.tables[span.group])
-    first = caches.blocks(span.chunks).start
-    for unread in unread_at_ends(caches, span):
-        ids[max(0, unread.start - first) : max(0, unread.stop - first)] = -1
-    handed = view.handed_states.get((span.group, end_tokens_of(caches, span)))
-    if handed is not None:
-        ids[payload_blocks(caches, span)[-1] - first] = handed
-    plan.spans.append(PlannedSpan(span, ids))
+    def _add(self, span: ChunkSpan) -> None:
+        caches, tenure = self._caches, self._tenure
+        ids = block_ids(caches, span, tenure.tables[span.group])
+        first = caches.blocks(span.chunks).start
+        for unread in unread_at_ends(caches, span):
+            ids[max(0, unread.start - first) : max(0, unread.stop - first)] = -1
+        handed = tenure.handed_states.get((span.group, end_tokens_of(caches, span)))
+        if handed is not None:
+            ids[payload_blocks(caches, span)[-1] - first] = handed
+        self._plan.spans.append(PlannedSpan(span, ids))

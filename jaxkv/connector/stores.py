@@ -13,14 +13,12 @@ from jaxkv.connector.events import EventLog
 from jaxkv.connector.jobs import JobKind, JobTable, device_blocks
 from jaxkv.connector.metrics import Metrics
 from jaxkv.connector.request_state import Tenure
-from jaxkv.connector.spans import ChunkSpan
+from jaxkv.connector.spans import ChunkSpan, PlannedSpan, shrinking_prefixes
 from jaxkv.connector.store_plan import (
-    PlannedSpan,
     SkipReason,
     StorePlan,
     next_due_tokens,
     plan_stores,
-    shrinking_prefixes,
 )
 from jaxkv.keys import KeyRuns, OffloadKey
 from jaxkv.offload.base import OffloadingManager, PrepareStoreOutput, TransferJob
@@ -46,7 +44,7 @@ class StorePlanner:
 
     def plan(self, tenure: Tenure) -> TransferJob | None:
         """The job that stores the chunks which became complete; ``None`` where there is nothing to write."""
-        plan = plan_stores(self._caches, tenure.store_view())
+        plan = plan_stores(self._caches, tenure)
         for (group, reason), num_chunks in plan.skipped.items():
             self._metrics.skipped(group, reason, num_chunks)
         taken, output = self._make_room(tenure, plan)
@@ -66,8 +64,7 @@ class StorePlanner:
                 tenure.next_chunk[span.group] = min(tenure.next_chunk[span.group], span.chunks.start)
             else:
                 tenure.tail_tokens = span.cut_tokens
-        view = tenure.store_view()
-        tenure.due_tokens = tenure.complete_tokens if refused else next_due_tokens(self._caches, view)
+        tenure.due_tokens = tenure.complete_tokens if refused else next_due_tokens(self._caches, tenure)
 
     def _refused(self, plan: StorePlan, taken: Sequence[PlannedSpan]) -> Sequence[ChunkSpan]:
         """What of the plan was not taken: spans as a whole, or from some chunk on."""
