@@ -19,8 +19,9 @@ from jaxkv.connector.events import EventLog, KVCacheEvent
 from jaxkv.connector.metadata import OffloadingConnectorMetadata, OffloadingWorkerMetadata
 from jaxkv.connector.metrics import ConnectorStats
 from jaxkv.connector.protocols import BlockTables, PartialTailOffload, Request, SchedulerOutput
-from jaxkv.connector.scheduler import OffloadingScheduler, StorePolicy
+from jaxkv.connector.scheduler import OffloadingScheduler
 from jaxkv.connector.sizes import parse_bytes
+from jaxkv.connector.tenures import StorePolicy
 from jaxkv.connector.worker import OffloadingConnectorWorker
 from jaxkv.errors import ConnectorStateError
 from jaxkv.keys import BlockId, GroupId

@@ -93,6 +93,8 @@ class JobTable:
         if len(job.reports) < self._num_workers:
             return None
         del self._jobs[result.job_id]
+        if self._num_workers == 1:
+            return job, result
         return job, replace(
             result,
             num_bytes=sum(report.num_bytes for report in job.reports),

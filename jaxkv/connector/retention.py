@@ -102,7 +102,13 @@ def prompt_boundaries(
     link of the hash chain, where tails are kept. And where this request leaves what others share with it.
     """
     last = num_prompt_tokens - 1
-    points = {last - last % caches.alignment_tokens, last - last % caches.tokens_per_hash}
+    points = {last - last % caches.alignment_tokens, last_link(caches, num_prompt_tokens)}
     if branch_tokens is not None:
         points.add(branch_tokens)
     return tuple(sorted(point for point in points if point > 0))
+
+
+def last_link(caches: ChunkedCaches, num_prompt_tokens: int) -> int:
+    """Where the last link of the hash chain ends that an equal prompt can start from."""
+    last = num_prompt_tokens - 1
+    return last - last % caches.tokens_per_hash

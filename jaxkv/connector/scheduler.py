@@ -12,7 +12,6 @@ length of contexts or the size of the pool.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import final
 
 from jaxkv.connector.base import KVConnectorOutput
@@ -26,20 +25,12 @@ from jaxkv.connector.metrics import ConnectorStats, Metrics
 from jaxkv.connector.protocols import BlockTables, PartialTailOffload, Request, SchedulerOutput
 from jaxkv.connector.request_params import RequestParams
 from jaxkv.connector.request_state import RequestState, Tenure
-from jaxkv.connector.retention import Boundaries, Retention, prompt_boundaries
+from jaxkv.connector.retention import prompt_boundaries
 from jaxkv.connector.stores import StorePlanner
+from jaxkv.connector.tenures import StorePolicy, Tenures
 from jaxkv.errors import RequestError
 from jaxkv.keys import GroupId
-from jaxkv.offload.base import JobResult, OffloadingManager, OffloadPolicy, ReqContext, TransferJob
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class StorePolicy:
-    """What is worth storing: see ``OffloadingConfig``."""
-
-    offload_prompt_only: bool = True
-    retention_interval: int | None = None
+from jaxkv.offload.base import JobResult, OffloadingManager, ReqContext, TransferJob
 
 
 @final
@@ -58,8 +49,7 @@ class OffloadingScheduler:
         self._caches = caches
         self._manager = manager
         self._events = events
-        self._policy = policy or StorePolicy()
-        self._retention = Retention.of(caches, self._policy.retention_interval)
+        self._tenures = Tenures(caches, policy or StorePolicy())
         self._metrics = Metrics(caches)
         self._jobs = JobTable(num_workers)
         self._loads = LoadPlanner(caches, manager, self._jobs, self._metrics)
@@ -69,6 +59,7 @@ class OffloadingScheduler:
         self._left_in_step: list[tuple[Tenure, int]] = []
         self._due: dict[Tenure, None] = {}
         self._departed: list[ReqContext] = []
+        self._admitted: set[str] = set()
         self._kept_blocks: set[str] = set()
 
     # -- admission --------------------------------------------------------------------------------------
@@ -120,66 +111,24 @@ class OffloadingScheduler:
         return prompt_boundaries(self._caches, request.num_prompt_tokens, branch)
 
     def _begin_tenure(self, state: RequestState, blocks: BlockTables, num_external_tokens: int) -> None:
-        tenure, request = state.tenure, state.request
-        if tenure is not None and tenure.running:
-            self._retire(tenure)
-            tenure = None
-        if state.device_hit_tokens is not None:
-            start = state.device_hit_tokens + num_external_tokens
-            if not state.params.skip_reading:
-                self._metrics.queried(request.num_tokens - state.device_hit_tokens)
-        else:
-            start = tenure.complete_tokens if tenure is not None else request.num_computed_tokens
+        if state.tenure is not None and state.tenure.running:
+            self._retire(state.tenure)
+            state.tenure = None
+        if state.tenure is None or state.device_hit_tokens is not None:
+            self._admitted.add(state.ctx.req_id)
+        if state.device_hit_tokens is not None and not state.params.skip_reading:
+            self._metrics.queried(state.request.num_tokens - state.device_hit_tokens)
+        state.tenure = self._tenures.begin(state, blocks, num_external_tokens)
         state.device_hit_tokens = state.retry_until_s = None
-        # What was loaded the backend holds, also where an earlier call of this stay said that it is loaded.
-        loaded = num_external_tokens > 0 and state.policy is OffloadPolicy.CHUNK_LEVEL
-        first_chunk = self._chunks_before(start) if loaded else [0] * self._caches.num_groups
-        if tenure is not None and not num_external_tokens:
-            first_chunk = tenure.first_chunk
-        state.tenure = self._make_tenure(state, blocks, start, first_chunk)
-
-    def _make_tenure(
-        self, state: RequestState, blocks: BlockTables, start: int, first_chunk: list[int]
-    ) -> Tenure:
-        request = state.request
-        # A loop may find all tokens on the device; it computes the last one again, for its logits.
-        complete = min(start, request.num_tokens - 1)
-        limit = self._limit_tokens(state)
-        points = prompt_boundaries(self._caches, request.num_prompt_tokens, state.branch_tokens)
-        tail = points[-1] if points and points[-1] % self._caches.alignment_tokens else None
-        if tail is not None and (tail <= start or (limit is not None and tail > limit)):
-            tail = None
-        return Tenure(
-            request,
-            state.ctx,
-            tables=[list(table) for table in blocks],
-            complete_tokens=complete,
-            previous_tokens=complete,
-            first_chunk=first_chunk,
-            next_chunk=list(first_chunk),
-            limit_tokens=limit,
-            boundaries=Boundaries(self._retention, points),
-            tail_tokens=tail,
-        )
-
-    def _limit_tokens(self, state: RequestState) -> int | None:
-        if self._policy.offload_prompt_only:
-            return state.params.store_limit(state.request.num_prompt_tokens)
-        return state.params.max_offload_tokens
-
-    def _chunks_before(self, num_tokens: int) -> list[int]:
-        return [
-            num_tokens // self._caches.tokens_per_chunk(GroupId(group))
-            for group in range(self._caches.num_groups)
-        ]
 
     # -- one step ---------------------------------------------------------------------------------------
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> OffloadingConnectorMetadata:
         """See ``KVConnectorBase``. Stores cover what was complete when the last step ended."""
         self._drop_step()
-        for req_id in scheduler_output.preempted_req_ids:
+        for req_id in scheduler_output.preempted_req_ids - self._admitted:
             self._end_preempted(self._requests.get(req_id))
+        self._admitted.clear()
         self._take_handed_states(scheduler_output)
         stores = self._plan_stores()
         for ctx in self._departed:
@@ -327,10 +276,9 @@ class OffloadingScheduler:
             self._due[tenure] = None
 
     def _end_preempted(self, state: RequestState | None) -> None:
-        """A preempted request may have been admitted again since: then the new stay goes on."""
-        if state is None or any(tenure.request is state.request for tenure in self._due if tenure.has_ended):
-            return
-        self._end_tenure(state)
+        """A request was preempted and not admitted again since: then the new stay would go on."""
+        if state is not None:
+            self._end_tenure(state)
 
     def _forget(self, state: RequestState) -> None:
         del self._requests[state.ctx.req_id]
@@ -364,23 +312,17 @@ class OffloadingScheduler:
         return self._metrics.snapshot(self._manager.get_stats())
 
     def reset_cache(self) -> None:
-        """Forget every chunk, and never store what was computed before now. Loads under way still land."""
+        """Forget every chunk, and never store what is on the device now or what a running step computes.
+
+        Loads under way still land.
+        """
         for state in self._requests.values():
             self._drop_promise(state)
             if state.tenure is not None:
-                self._skip_to_present(state.tenure)
+                running = self._step.get(state.ctx.req_id, 0)
+                self._tenures.skip_to(state.tenure, state.tenure.complete_tokens + running)
         self._due.clear()
         self._events.reset(self._manager)
-
-    def _skip_to_present(self, tenure: Tenure) -> None:
-        """What is on the device now, and what a running step computes from it, will not be stored."""
-        reached = tenure.complete_tokens + self._step.get(tenure.ctx.req_id, 0)
-        present = self._chunks_before(reached)
-        tenure.next_chunk = [max(pair) for pair in zip(tenure.next_chunk, present, strict=True)]
-        tenure.handed_states = {}
-        tenure.first_chunk = list(tenure.next_chunk)
-        if tenure.tail_tokens is not None and tenure.tail_tokens <= reached:
-            tenure.tail_tokens = None
 
     def leaks(self) -> list[str]:
         """What is still held though nothing runs, one sentence each; empty when all is well."""
@@ -403,5 +345,6 @@ class OffloadingScheduler:
         self._due.clear()
         self._step, self._left_in_step = {}, []
         self._departed.clear()
+        self._admitted.clear()
         self._kept_blocks.clear()
         self._manager.shutdown()
