@@ -126,9 +126,7 @@ class OffloadingScheduler:
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> OffloadingConnectorMetadata:
         """See ``KVConnectorBase``. Stores cover what was complete when the last step ended."""
         self._drop_step()
-        for req_id in scheduler_output.preempted_req_ids - self._admitted:
-            self._end_preempted(self._requests.get(req_id))
-        self._admitted.clear()
+        self._end_preempted(scheduler_output)
         self._take_handed_states(scheduler_output)
         stores = self._plan_stores()
         for ctx in self._departed:
@@ -275,10 +273,12 @@ class OffloadingScheduler:
         if tenure.running:
             self._due[tenure] = None
 
-    def _end_preempted(self, state: RequestState | None) -> None:
-        """A request was preempted and not admitted again since: then the new stay would go on."""
-        if state is not None:
-            self._end_tenure(state)
+    def _end_preempted(self, scheduler_output: SchedulerOutput) -> None:
+        """Who was preempted and has been admitted again since goes on with the new stay."""
+        for req_id in scheduler_output.preempted_req_ids - self._admitted:
+            if req_id in self._requests:
+                self._end_tenure(self._requests[req_id])
+        self._admitted.clear()
 
     def _forget(self, state: RequestState) -> None:
         del self._requests[state.ctx.req_id]
