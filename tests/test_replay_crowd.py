@@ -83,6 +83,7 @@ def test_scheduler_benchmark_prints_figures_with_targets_and_machine(capsys):
         "1 of 16 finish a block",
         "get_num_new_matched_tokens",
         "lookup_prefix",
+        "hashes of a prompt",
         "600 chunks",
         "cpu",
     ):

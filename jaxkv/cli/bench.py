@@ -171,6 +171,7 @@ def as_json(figures: Figures) -> dict[str, Any]:
             for crowd in figures.crowds
         ],
         "lookups": [_as_json(one) for one in figures.lookups],
+        "hashing": [_as_json(one) for one in figures.hashing],
         "keys": [
             {"chunks": number, "measurements": [_as_json(one) for one in measured]}
             for number, measured in figures.keys

@@ -73,7 +73,7 @@ def _largest_table(figures: Figures) -> Table:
         _add_times(table, measurement)
     for measurement in largest.admission_parts:
         _add_times(table, measurement, indent="  ")
-    for measurement in figures.lookups:
+    for measurement in (*figures.lookups, *figures.hashing):
         _add_times(table, measurement)
     return table
 

@@ -14,6 +14,9 @@ from statistics import median, quantiles
 from time import perf_counter
 from typing import final
 
+import numpy as np
+
+from jaxkv.hash_chain import ChainRoot, HashChain, TokenIds
 from jaxkv.keys import KeyRun, OffloadKey
 from jaxkv.offload.base import LookupResult, ReqContext
 from jaxkv.replay.crowd import BLOCK, AdmissionTimes, Crowd, FullPool
@@ -87,6 +90,7 @@ class Figures:
     sizes: Sizes
     crowds: tuple[CrowdFigures, ...]
     lookups: tuple[Measurement, ...]
+    hashing: tuple[Measurement, ...]
     keys: tuple[tuple[int, tuple[Measurement, ...]], ...]
 
     @property
@@ -114,7 +118,7 @@ def measure_scheduler(sizes: Sizes, tell: Tell) -> Figures:
         lookups = lookups or _measure_prefix_lookup(pool, sizes)
         pool.connector.shutdown()
     keys = tuple((number, _measure_keys(number, sizes.repeats, tell)) for number in sizes.index_chunks)
-    return Figures(sizes, tuple(crowds), lookups, keys)
+    return Figures(sizes, tuple(crowds), lookups, _measure_hashing(sizes), keys)
 
 
 def _measure_crowd(pool: FullPool, num_chunks: int, context_tokens: int, sizes: Sizes) -> CrowdFigures:
@@ -184,6 +188,27 @@ def _measure_prefix_lookup(pool: FullPool, sizes: Sizes) -> tuple[Measurement, .
         Measurement(f"lookup_prefix of {count}", tuple(found)),
         Measurement(f"for scale, dict.get among {len(plain):,}", tuple(got)),
     )
+
+
+def _measure_hashing(sizes: Sizes) -> tuple[Measurement, ...]:
+    """Making the hashes of a new prompt, which the loop does before the connector sees it."""
+    root = ChainRoot("bench", BLOCK)
+    array = np.random.default_rng(0).integers(0, 1 << 18, sizes.context_tokens, np.int32)
+    forms = {"an array": array, "a list": array.tolist()}
+    with _undisturbed():
+        return tuple(
+            Measurement(
+                f"hashes of a prompt in {form}",
+                tuple(_time_hashing(root, tokens) for _ in range(sizes.repeats)),
+            )
+            for form, tokens in forms.items()
+        )
+
+
+def _time_hashing(root: ChainRoot, tokens: TokenIds) -> float:
+    start = perf_counter()
+    HashChain(root, token_ids=tokens)
+    return perf_counter() - start
 
 
 def _measure_keys(num_chunks: int, repeats: int, tell: Tell) -> tuple[Measurement, ...]:
