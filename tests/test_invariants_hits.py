@@ -38,6 +38,16 @@ def test_invariant_01_a_hit_never_exceeds_what_every_group_holds(seed):
     loop.close()
 
 
+def test_invariant_01_a_boundary_one_group_lowered_the_hit_to_is_asked_of_all_groups_again():
+    """States at 24 and 16 alone; at 24 the window reads a block that is gone, but not at 48, nor at 16."""
+    loop = Loop(max_step_tokens=STATE_BLOCK)
+    first = loop.serve("first", PROMPT)
+    forget(loop, first, 2, [8, 32, 40, 48])
+    forget(loop, first, 1, [20])
+    assert loop.serve("second", PROMPT).host_hits == [16]
+    loop.close()
+
+
 @pytest.mark.parametrize("group", [0, 1])
 def test_invariant_01_a_tail_counts_only_where_every_group_kept_it(group):
     """Links of 2 tokens, blocks of 4: at 46 tokens both groups have a block that is cut."""
@@ -52,12 +62,11 @@ def test_invariant_01_a_tail_counts_only_where_every_group_kept_it(group):
 def full_pool():
     """A pool that the chunks of 24 tokens just fit: six of full attention, six of the window, one state."""
     loop = Loop(pool_bytes=16 * 512, slab_bytes=4 * 512, max_step_tokens=24)
-    loop.serve("first", PROMPT[:25])
-    return loop
+    return loop, loop.serve("first", PROMPT[:25])
 
 
 def test_invariant_02_what_was_promised_is_there_at_allocation_and_until_the_load_has_ended():
-    loop = full_pool()
+    loop, first = full_pool()
     second = loop.add("second", PROMPT[:26])
     ask = loop.connector.get_num_new_matched_tokens
 
@@ -74,6 +83,7 @@ def test_invariant_02_what_was_promised_is_there_at_allocation_and_until_the_loa
         crowd(loop, 10 + step)
         loop.step()
         assert second.request_id in loop.loading
+        assert [max(held(loop, first, group)) for group in range(3)] == [24, 24, 24]
     loop.worker.delayed = False
     loop.worker.finish()
     loop.run()
@@ -86,7 +96,7 @@ def test_invariant_02_what_was_promised_is_there_at_allocation_and_until_the_loa
 
 def test_invariant_02_stores_of_the_same_step_do_not_take_what_was_promised():
     """Stores are planned in ``build_connector_meta``, after lookups: a promise outlives them."""
-    loop = full_pool()
+    loop, _ = full_pool()
     loop.add("filler", [7] * 25)
     loop.step()
     second = loop.add("second", PROMPT[:26])
@@ -98,7 +108,7 @@ def test_invariant_02_stores_of_the_same_step_do_not_take_what_was_promised():
 
 
 def test_invariant_02_a_promise_that_nobody_took_starves_no_store():
-    loop = full_pool()
+    loop, _ = full_pool()
     asking = loop.add("asking", PROMPT[:26])
     loop.waiting.remove(asking)
     assert loop.connector.get_num_new_matched_tokens(asking, 0) == (24, True)
@@ -131,6 +141,16 @@ def test_invariant_03_a_state_is_stored_only_where_a_step_ended_on_a_chunk(block
     loop = Loop(max_step_tokens=16, blocks_per_chunk=blocks_per_chunk)
     first = loop.serve("first", PROMPT)
     assert held(loop, first, STATE, STATE_BLOCK * blocks_per_chunk) == {16, 32, 48}
+    loop.close()
+
+
+def test_invariant_03_a_tail_is_not_stored_with_a_state_of_another_boundary():
+    """Links of 4 tokens: the prompt's last is at 44, where no step ended, so no state stands there."""
+    loop = Loop(max_step_tokens=64)
+    first = loop.serve("first", PROMPT[:46], 8)
+    assert held(loop, first, STATE) == {40}
+    assert loop.serve("second", PROMPT[:46], 2).host_hits == [40]
+    assert loop.outputs["second"] == expected_output(PROMPT[:46], 2)
     loop.close()
 
 
