@@ -1,6 +1,5 @@
 """The pure parts of the connector: which chunks can be stored, which are looked up, how a stay is counted."""
 
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -79,13 +78,9 @@ def chunks_of(plan, group):
 
 def skipped(**counts):
     groups = {"full": FULL, "window": WINDOW, "state": STATE}
-    return Counter(
-        {
-            (groups[name], reason): count
-            for name, reasons in counts.items()
-            for reason, count in reasons.items()
-        }
-    )
+    return {
+        (groups[name], reason): count for name, reasons in counts.items() for reason, count in reasons.items()
+    }
 
 
 def test_key_of_a_chunk_names_the_prefix_that_ends_with_it():

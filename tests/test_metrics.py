@@ -82,9 +82,9 @@ def test_a_failed_load_counts_its_chunks_and_its_time_but_no_bytes(metrics):
 def test_skips_are_counted_by_reason_and_in_bulk(metrics):
     metrics.skipped(GroupId(1), SkipReason.HELD, 8192)
     metrics.skipped(GroupId(1), SkipReason.HELD)
-    metrics.skipped(GroupId(1), SkipReason.UNREAD, 0)
+    metrics.skipped(GroupId(1), SkipReason.UNREACHABLE, 0)
     assert metrics.snapshot(None).groups[1].skipped_chunks == Counter({SkipReason.HELD: 8193})
-    assert SkipReason.UNREAD not in metrics.snapshot(None).groups[1].skipped_chunks
+    assert SkipReason.UNREACHABLE not in metrics.snapshot(None).groups[1].skipped_chunks
 
 
 def test_hits_queries_evictions_deferrals_and_delays_are_counted(metrics):

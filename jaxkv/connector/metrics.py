@@ -10,8 +10,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, final
 
-import numpy as np
-
 from jaxkv.connector.chunks import ChunkedCaches
 from jaxkv.connector.histogram import (
     BYTES_BUCKETS,
@@ -92,6 +90,7 @@ class Metrics:
     """Counts; read it with ``snapshot``, from any thread."""
 
     def __init__(self, caches: ChunkedCaches) -> None:
+        self._blocks_per_chunk = caches.blocks_per_chunk
         self._block_bytes = [group.page_size_bytes for group in caches.config.groups]
         self._groups = [GroupStats(kind_name(group.spec)) for group in caches.config.groups]
         self._deferred: Counter[Deferral] = Counter()
@@ -138,16 +137,17 @@ class Metrics:
         """A transfer is over."""
         self._seconds[job.kind] += result.elapsed_s
         failed = result.error is not None
-        for group, num_chunks in count_by_group(job.keys):
-            _count_chunks(self._groups[group], job.kind, num_chunks, failed=failed)
-        if failed:
-            return
         moved = 0
         for blocks in job.transfer.blocks:
-            num_bytes = int(np.count_nonzero(blocks.block_ids >= 0)) * self._block_bytes[blocks.group]
-            _count_bytes(self._groups[blocks.group], job.kind, num_bytes)
-            moved += num_bytes
-        self._sizes[job.kind].observe(moved)
+            stats = self._groups[blocks.group]
+            num_chunks = len(blocks.block_ids) // self._blocks_per_chunk
+            _count_chunks(stats, job.kind, num_chunks, failed=failed)
+            if not failed:
+                num_bytes = blocks.num_blocks * self._block_bytes[blocks.group]
+                _count_bytes(stats, job.kind, num_bytes)
+                moved += num_bytes
+        if not failed:
+            self._sizes[job.kind].observe(moved)
 
     def snapshot(self, backend: Any) -> ConnectorStats:
         """All counters as they stand, with the backend's own."""

@@ -58,7 +58,9 @@ class Tenure:
         """
         self.running = True
         complete = self.previous_tokens = self.complete_tokens
-        reached = min(complete + num_scheduled_tokens, self.request.num_computed_tokens)
+        # Called for every running request of every step: min() and max() would cost more than the rest.
+        reached, computed = complete + num_scheduled_tokens, self.request.num_computed_tokens
+        reached = min(reached, computed)
         if reached > complete:
             self.complete_tokens = complete = reached
         return self.due_tokens is not None and complete >= self.due_tokens

@@ -8,7 +8,6 @@ not.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -55,7 +54,7 @@ class SkipReason(Enum):
     REFUSED = "refused"
 
 
-Skipped = Counter[tuple[GroupId, SkipReason]]
+Skipped = dict[tuple[GroupId, SkipReason], int]
 """How many chunks were not written, by group and reason."""
 
 
@@ -68,7 +67,7 @@ class StorePlan:
     """
 
     spans: list[PlannedSpan] = field(default_factory=list)
-    skipped: Skipped = field(default_factory=Counter)
+    skipped: Skipped = field(default_factory=dict)
     next_chunk: list[int] = field(default_factory=list)
     tail_tokens: int | None = None
 
@@ -218,7 +217,8 @@ class _Planning:
         spans = {group: tail_span(caches, hashes, group, end_tokens) for group in cut}
         reasons = {group: self._why_unreadable(span) for group, span in spans.items()}
         lost = [(group, reason) for group, reason in reasons.items() if reason is not None]
-        self._plan.skipped.update(lost)
+        for group, reason in lost:
+            self._skip(group, reason, 1)
         return {} if lost else spans
 
     def _last_boundary(self, horizon: int) -> int | None:
@@ -244,7 +244,8 @@ class _Planning:
 
     def _skip(self, group: GroupId, reason: SkipReason, num_chunks: int) -> None:
         if num_chunks:
-            self._plan.skipped[group, reason] += num_chunks
+            skipped = self._plan.skipped
+            skipped[group, reason] = skipped.get((group, reason), 0) + num_chunks
 
     def _add(self, span: ChunkSpan) -> None:
         caches, tenure = self._caches, self._tenure

@@ -47,10 +47,9 @@ class StorePlanner:
         plan = plan_stores(self._caches, tenure)
         for (group, reason), num_chunks in plan.skipped.items():
             self._metrics.skipped(group, reason, num_chunks)
-        taken, output = self._make_room(tenure, plan)
-        refused = self._refused(plan, taken)
-        self._advance(tenure, plan, refused)
-        return self._start_job(tenure, taken, output) if output is not None else None
+        taken, keys, output = self._make_room(tenure, plan)
+        self._advance(tenure, plan, self._refused(plan, taken))
+        return self._start_job(tenure, taken, keys, output) if output is not None else None
 
     def _advance(self, tenure: Tenure, plan: StorePlan, refused: Sequence[ChunkSpan]) -> None:
         """Go on behind what was taken; what was refused is offered again, from the first such chunk on."""
@@ -82,29 +81,30 @@ class StorePlanner:
 
     def _make_room(
         self, tenure: Tenure, plan: StorePlan
-    ) -> tuple[Sequence[PlannedSpan], PrepareStoreOutput | None]:
-        """The longest prefix of the plan that the manager takes."""
+    ) -> tuple[Sequence[PlannedSpan], KeyRuns, PrepareStoreOutput | None]:
+        """The longest prefix of the plan that the manager takes, and its keys."""
         for prefix in shrinking_prefixes(self._caches, plan.spans):
-            output = self._manager.prepare_store(_keys(prefix), tenure.ctx)
+            keys = KeyRuns([planned.span.keys for planned in prefix])
+            output = self._manager.prepare_store(keys, tenure.ctx)
             if output is not None:
-                return prefix, output
-        return (), None
+                return prefix, keys, output
+        return (), KeyRuns(()), None
 
     def _start_job(
-        self, tenure: Tenure, taken: Sequence[PlannedSpan], output: PrepareStoreOutput
+        self, tenure: Tenure, taken: Sequence[PlannedSpan], keys: KeyRuns, output: PrepareStoreOutput
     ) -> TransferJob | None:
-        num_offered = sum(len(planned.span) for planned in taken)
-        self._metrics.evicted(output.evicted_keys)
+        to_store: Sequence[OffloadKey] = keys
+        if output.evicted_keys:
+            self._metrics.evicted(output.evicted_keys)
         if not output.keys_to_store:
             self._note_held(taken)
             return None
-        keys: Sequence[OffloadKey] = _keys(taken)
-        if len(output.keys_to_store) < num_offered:
-            taken = self._without_held(taken, set(output.keys_to_store))
-            keys = output.keys_to_store
-        blocks = device_blocks((planned.span.group, planned.block_ids) for planned in taken)
-        job = self._jobs.start(JobKind.STORE, tenure.ctx, keys, blocks, output.store_spec)
-        self._events.store_started(job.job_id, tenure.request, _keys(taken))
+        if len(output.keys_to_store) < len(keys):
+            to_store = output.keys_to_store
+            taken = self._without_held(taken, set(to_store))
+        blocks = device_blocks([(planned.span.group, planned.block_ids) for planned in taken])
+        job = self._jobs.start(JobKind.STORE, tenure.ctx, to_store, blocks, output.store_spec)
+        self._events.store_started(job.job_id, tenure.request, keys)
         return job
 
     def _without_held(self, taken: Sequence[PlannedSpan], to_store: set[OffloadKey]) -> Sequence[PlannedSpan]:
@@ -120,7 +120,3 @@ class StorePlanner:
     def _note_held(self, taken: Sequence[PlannedSpan]) -> None:
         for planned in taken:
             self._metrics.skipped(planned.span.group, SkipReason.HELD, len(planned.span))
-
-
-def _keys(spans: Sequence[PlannedSpan]) -> KeyRuns:
-    return KeyRuns([planned.span.keys for planned in spans])

@@ -31,6 +31,7 @@ class LookupResult(Enum):
     RETRY = auto()
 
 
+_FEW = 16
 _CERTAINTY = (LookupResult.HIT, LookupResult.HIT_PENDING, LookupResult.RETRY)
 
 
@@ -110,6 +111,13 @@ class DeviceBlocks:
 
     group: GroupId
     block_ids: npt.NDArray[np.int32]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks whose bytes are moved."""
+        if len(self.block_ids) <= _FEW:  # counting a few is cheaper than asking NumPy to
+            return sum(block >= 0 for block in self.block_ids.tolist())
+        return int(np.count_nonzero(self.block_ids >= 0))
 
 
 @final
