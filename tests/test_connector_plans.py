@@ -304,6 +304,7 @@ def test_request_branches_where_full_attention_is_held_and_other_layers_are_not(
 
 
 def make_tenure():
+    """A stay that begins with 8 tokens, and has something to store from 9 on."""
     request = replace(REQUEST, num_computed_tokens=8)
     return Tenure(
         request,
@@ -315,6 +316,7 @@ def make_tenure():
         next_chunk=[0, 0, 0],
         limit_tokens=None,
         boundaries=every(8),
+        due_tokens=9,
     )
 
 
@@ -326,6 +328,15 @@ def test_tokens_count_once_their_step_has_ended():
     tenure.end_step(4)
     assert (tenure.running, tenure.is_due, tenure.complete_tokens) == (True, True, 12)
     assert tenure.tables == [[1], [2], [3]]
+
+
+def test_tokens_count_when_the_loop_says_so_though_the_step_was_reported_before():
+    tenure = make_tenure()
+    assert not tenure.end_step(4)
+    assert (tenure.complete_tokens, tenure.unconfirmed_tokens) == (8, 4)
+    tenure.request.num_computed_tokens = 10  # of four drafted tokens two were accepted
+    assert tenure.confirm()
+    assert (tenure.previous_tokens, tenure.complete_tokens, tenure.unconfirmed_tokens) == (8, 10, 0)
 
 
 def test_drafted_tokens_that_were_rejected_do_not_count():

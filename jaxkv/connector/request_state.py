@@ -28,7 +28,8 @@ class Tenure:
     entry per group: where storing may begin, and where it goes on. ``boundaries`` are where later requests
     may start from; ``tail_tokens`` is where a tail is still to be stored. ``handed_states`` are blocks
     outside the tables that hold the state of a group at a boundary. There is nothing more to store until
-    ``due_tokens`` are complete; ``None``: there never is.
+    ``due_tokens`` are complete; ``None``: there never is. ``unconfirmed_tokens`` belong to a step that ran,
+    but the loop has not said yet how many of them were accepted.
     """
 
     request: Request
@@ -43,6 +44,7 @@ class Tenure:
     tail_tokens: int | None = None
     handed_states: dict[tuple[GroupId, int], BlockId] = field(default_factory=dict)
     due_tokens: int | None = 0
+    unconfirmed_tokens: int = 0
     running: bool = False
     has_ended: bool = False
 
@@ -52,17 +54,24 @@ class Tenure:
             table.extend(new)
 
     def end_step(self, num_scheduled_tokens: int) -> bool:
-        """A step of so many tokens ran. Drafted tokens that were rejected do not count as computed.
-
-        Answers whether there is something to store now.
-        """
+        """A step of so many tokens ran. Answers whether there is something to store now."""
         self.running = True
-        complete = self.previous_tokens = self.complete_tokens
+        self.previous_tokens = self.complete_tokens
+        self.unconfirmed_tokens = num_scheduled_tokens
+        return self.confirm()
+
+    def confirm(self) -> bool:
+        """Count the tokens of the last step as computed, as soon as the request says how many of them are.
+
+        Drafted tokens that were rejected are not. Answers whether there is something to store now.
+        """
         # Called for every running request of every step: min() and max() would cost more than the rest.
-        reached, computed = complete + num_scheduled_tokens, self.request.num_computed_tokens
-        reached = min(reached, computed)
-        if reached > complete:
+        complete, computed = self.complete_tokens, self.request.num_computed_tokens
+        if computed > complete:
+            reached = complete + self.unconfirmed_tokens
+            reached = min(reached, computed)
             self.complete_tokens = complete = reached
+            self.unconfirmed_tokens = 0
         return self.due_tokens is not None and complete >= self.due_tokens
 
     @property

@@ -57,6 +57,7 @@ class OffloadingScheduler:
         self._requests: dict[str, RequestState] = {}
         self._step: Mapping[str, int] = {}
         self._left_in_step: list[tuple[Tenure, int]] = []
+        self._unconfirmed: list[Tenure] = []
         self._due: dict[Tenure, None] = {}
         self._departed: list[ReqContext] = []
         self._admitted: set[str] = set()
@@ -126,6 +127,7 @@ class OffloadingScheduler:
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> OffloadingConnectorMetadata:
         """See ``KVConnectorBase``. Stores cover what was complete when the last step ended."""
         self._drop_step()
+        self._confirm_step()
         self._end_preempted(scheduler_output)
         self._take_handed_states(scheduler_output)
         stores = self._plan_stores()
@@ -169,12 +171,23 @@ class OffloadingScheduler:
         for req_id, num_tokens in self._step.items():
             state = self._requests.get(req_id)
             tenure = state.tenure if state is not None else None
-            if tenure is not None and req_id not in left and tenure.end_step(num_tokens):
+            if tenure is None or req_id in left:
+                continue
+            if tenure.end_step(num_tokens):
                 self._due[tenure] = None
+            if tenure.unconfirmed_tokens:
+                self._unconfirmed.append(tenure)
         for tenure, num_tokens in self._left_in_step:
             tenure.end_step(num_tokens)
             self._due[tenure] = None
         self._step, self._left_in_step = {}, []
+
+    def _confirm_step(self) -> None:
+        """A loop may say what was computed before ``update_connector_output`` or, at the latest, by now."""
+        for tenure in self._unconfirmed:
+            if tenure.confirm():
+                self._due[tenure] = None
+        self._unconfirmed.clear()
 
     def has_pending_push_work(self) -> bool:
         """See ``KVConnectorBase``: last chunks to plan, or jobs that have not been reported."""
@@ -266,6 +279,7 @@ class OffloadingScheduler:
 
     def _retire(self, tenure: Tenure) -> None:
         """Its last chunks are planned with the next step, those of a step that is running included."""
+        tenure.confirm()
         tenure.has_ended = True
         num_tokens = self._step.get(tenure.ctx.req_id)
         if num_tokens is not None:
@@ -345,6 +359,7 @@ class OffloadingScheduler:
         self._due.clear()
         self._step, self._left_in_step = {}, []
         self._departed.clear()
+        self._unconfirmed.clear()
         self._admitted.clear()
         self._kept_blocks.clear()
         self._manager.shutdown()
