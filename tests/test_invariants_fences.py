@@ -92,6 +92,40 @@ def test_invariant_04_blocks_given_back_a_step_ago_are_stored_no_more():
     check_served(loop, "again", PROMPT, 48)
 
 
+def test_invariant_04_blocks_given_back_by_a_request_that_is_left_out_of_a_step_are_stored_no_more():
+    loop = Loop(config=make_config(NO_STATES), max_step_tokens=16)
+    manager = loop.spec.get_manager()
+    first = loop.add("first", PROMPT[:33], 6)
+    real, manager.prepare_store = manager.prepare_store, lambda keys, ctx: None
+    loop.step()
+    loop.step()
+    loop.skip_window(first)
+    loop.running.remove(first)
+    loop.add("other", OTHER[:20], 9)
+    loop.step()
+    manager.prepare_store = real
+    loop.running.append(first)
+    loop.run()
+    assert skipped(loop, 1)["released"]
+    assert loop.serve("short", PROMPT[:29], 2).host_hits == []
+    check_served(loop, "again", PROMPT[:33], 32)
+
+
+def test_invariant_04_a_state_that_was_given_back_is_stored_no_more_when_the_request_ends():
+    """Only ends of requests are kept: at 32 a step ended, but the request went on before that was its end."""
+    loop = Loop(offload_prompt_only=False, retention_interval=0)
+    loop.cuts_at_boundaries = True
+    loop.add("first", PROMPT[:30], 6)
+    loop.add("other", OTHER[:4], 40)
+    loop.run()
+    tokens = PROMPT[:30] + loop.outputs["first"]
+    assert len(tokens) == 36
+    again = loop.serve("again", tokens, 3)
+    assert loop.outputs["again"] == expected_output(tokens, 3)
+    assert again.host_hits == [28], "the prompt's last link"
+    loop.close()
+
+
 def test_invariant_04_a_block_copied_on_write_is_stored_as_it_was_before_the_copy():
     loop = Loop(config=make_config(NO_STATES), max_step_tokens=24)
     first = loop.add("first", PROMPT[:25], 9)
