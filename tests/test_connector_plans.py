@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxkv.connector.chunks import ChunkedCaches
+from jaxkv.connector.jobs import device_blocks
 from jaxkv.connector.lookup import Deferral, HostPresence, Question, find_hit
 from jaxkv.connector.request_state import Tenure
 from jaxkv.connector.retention import Boundaries, Retention
@@ -354,3 +355,29 @@ def test_groups_said_to_keep_all_need_every_chunk(window, block_size, interval_i
     retention = Retention.of(caches, interval_in_chunks * block_size)
     needs = Boundaries(retention).needs
     assert retention.keeps_all == (all(needs(caches.hit_groups[0], chunk) for chunk in range(40, 80)),)
+
+
+@pytest.mark.parametrize(("previous", "complete", "is_stored"), [(8, 12, True), (12, 14, False)])
+def test_state_inside_a_block_is_stored_only_until_the_next_step_writes_over_it(
+    previous, complete, is_stored
+):
+    tables = [[1] * 4, [2] * 4, [30, 31]]
+    plan = plan_stores(CACHES, view(tables, previous, complete, next_chunk=(3, 3, 1), tail_tokens=12))
+    assert ((STATE, "cut at 12") in stored(plan)) == is_stored
+    assert plan.tail_tokens is None
+
+
+def test_backend_that_changes_its_mind_within_one_question_is_asked_again():
+    asked = []
+
+    def fickle(key):
+        asked.append(key)
+        return LookupResult.RETRY if asked.count(key) == 1 else LookupResult.MISS
+
+    assert find(fickle) is Deferral.RETRY
+
+
+def test_job_names_no_group_of_which_it_moves_nothing():
+    ids = np.array([3, 4], np.int32)
+    (blocks,) = device_blocks([(FULL, ids), (WINDOW, ids[:0])])
+    assert (blocks.group, blocks.block_ids.tolist()) == (FULL, [3, 4])

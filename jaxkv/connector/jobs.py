@@ -18,7 +18,8 @@ def device_blocks(parts: Iterable[tuple[GroupId, BlockIds]]) -> tuple[DeviceBloc
     """The device side of a job: the block ids of its chunks, which come group after group."""
     by_group: dict[GroupId, list[BlockIds]] = {}
     for group, block_ids in parts:
-        by_group.setdefault(group, []).append(block_ids)
+        if len(block_ids):
+            by_group.setdefault(group, []).append(block_ids)
     return tuple(
         DeviceBlocks(group, ids[0] if len(ids) == 1 else np.concatenate(ids))
         for group, ids in by_group.items()

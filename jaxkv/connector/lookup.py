@@ -138,11 +138,11 @@ class HostPresence:
         """The least certain answer among chunks that were found."""
         if self._all_certain:
             return LookupResult.HIT
-        answers = {self._prefix(span.keys).worst for span in spans}
-        for answer in (LookupResult.RETRY, LookupResult.HIT_PENDING):
-            if answer in answers:
-                return answer
-        return LookupResult.HIT
+        answers = [(self._prefix(span.keys), len(span)) for span in spans]
+        worst = {answer.worst for answer, _ in answers}
+        if LookupResult.RETRY in worst or any(answer.num_found < count for answer, count in answers):
+            return LookupResult.RETRY  # or the backend has changed its mind: the next question will tell
+        return LookupResult.HIT_PENDING if LookupResult.HIT_PENDING in worst else LookupResult.HIT
 
     def _keys(self, group: GroupId, chunks: range) -> KeyRun:
         return self._caches.keys(self._question.block_hashes, group, chunks)
