@@ -127,7 +127,7 @@ def test_invariant_05_a_load_under_way_keeps_its_blocks_when_a_step_breaks_off()
     targets = held_blocks(loop, "second")
     loop.add("other", random_prompt(2, 10), 20)
     programs, loop.engine._programs = loop.engine._programs, None
-    with pytest.raises(AttributeError):
+    with pytest.raises(TypeError):
         loop.step()
     loop.engine._programs = programs
     loop.step()
