@@ -131,6 +131,7 @@ def test_invariant_05_a_load_under_way_keeps_its_blocks_when_a_step_breaks_off()
         loop.step()
     loop.engine._programs = programs
     loop.step()
+    loop.step()
     assert held_blocks(loop, "second") == targets
     assert targets.isdisjoint(held_blocks(loop, "other"))
     land(loop)
