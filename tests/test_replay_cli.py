@@ -71,7 +71,6 @@ def test_help_says_what_the_columns_mean(capsys):
         (["--host-bytes", "lots"], "cannot read the size 'lots'"),
         (["--branch-share", "2"], "must be a number within 0 and 1, got '2'"),
         (["--retention", "-1"], "must be a whole number"),
-        (["--model", "palm-like"], "invalid choice"),
     ],
 )
 def test_bad_arguments_are_explained(argv, message, capsys):
@@ -79,6 +78,21 @@ def test_bad_arguments_are_explained(argv, message, capsys):
         main([*SMALL, *argv])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_model_of_ones_own_is_a_function_at_a_dotted_path(capsys):
+    argv = [*SMALL, "--host-bytes", "1GiB", "--json", "--model"]
+    assert main([*argv, "llama-like"]) == 0
+    preset = json.loads(capsys.readouterr().out)["runs"]
+    assert main([*argv, "jaxkv.replay.models.llama_like"]) == 0
+    own = json.loads(capsys.readouterr().out)["runs"]
+    assert [run["host_tokens"] for run in own] == [run["host_tokens"] for run in preset]
+
+
+@pytest.mark.parametrize("name", ["palm-like", "jaxkv.nothing.shape", "jaxkv.replay.models.palm_like"])
+def test_a_model_that_is_not_known_is_a_named_error(name, capsys):
+    assert main([*SMALL, "--model", name]) == 2
+    assert "ConfigError" in capsys.readouterr().err
 
 
 def test_a_missing_trace_is_a_named_error(capsys):

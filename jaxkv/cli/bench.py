@@ -12,7 +12,7 @@ from jaxkv.cli.arguments import count, retention, size
 from jaxkv.cli.bench_scheduler import Figures, Measurement, Sizes, measure_scheduler
 from jaxkv.cli.environment import describe_environment
 from jaxkv.cli.extras import needs_extra
-from jaxkv.replay.models import MODEL_SHAPES
+from jaxkv.replay.models import find_model_shape
 from jaxkv.replay.retention import Families, serve_families
 
 _SCHEDULER_EPILOG = """\
@@ -91,7 +91,7 @@ def _add_retention(benches: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--model", choices=sorted(MODEL_SHAPES), default="gemma-like")
+    parser.add_argument("--model", default="gemma-like", help="as for jaxkv replay (default gemma-like)")
     parser.add_argument("--host-bytes", type=size, default="64GiB", help="host pool (default 64GiB)")
     parser.add_argument(
         "--retention", type=retention, nargs="+", default=[None, 0], metavar="N", help="(default dense 0)"
@@ -113,7 +113,7 @@ def run_retention(args: argparse.Namespace) -> int:
     families = Families(
         args.families, args.branches, args.prompt_tokens, args.shared_tokens, args.output_tokens
     )
-    groups = MODEL_SHAPES[args.model].make_groups(16)
+    groups = find_model_shape(args.model).make_groups(16)
     results = [serve_families(groups, families, args.host_bytes, interval) for interval in args.retention]
     if args.json:
         runs = [asdict(result) for result in results]

@@ -68,10 +68,10 @@ def _add_deployment(group: Any) -> None:
     defaults = Deployment()
     group.add_argument(
         "--model",
-        choices=sorted(MODEL_SHAPES),
         default=defaults.model,
         help="; ".join(f"{shape.name}: {shape.description}" for shape in MODEL_SHAPES.values())
-        + f" (default {defaults.model})",
+        + "; or the dotted path of a function that answers ((layer names, spec), ...) for a block size "
+        + f"(default {defaults.model})",
     )
     group.add_argument("--device-bytes", type=size, default="24GiB", help="device cache (default 24GiB)")
     group.add_argument(

@@ -29,8 +29,8 @@ def print_report(
     longest = max(request.prompt_tokens for request in trace)
     deployment = results[0].deployment
     console.print(
-        f"[bold]{deployment.model}[/]: {len(trace)} requests, {tokens / 1e6:.1f} million prompt tokens, the "
-        f"longest {longest:,}; device cache {gib(deployment.device_bytes)} GiB"
+        f"[bold]{deployment.model}[/]: {len(trace)} requests, {tokens / 1e6:.1f}M prompt tokens, the longest "
+        f"{longest:,}; device {gib(deployment.device_bytes)} GiB"
     )
     console.print(_hit_table(results))
     console.print(_traffic_table(results))

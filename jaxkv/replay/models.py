@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from importlib import import_module
 from typing import assert_never, final
 
 from jaxkv.errors import ConfigError
@@ -64,10 +65,23 @@ MODEL_SHAPES = {
 
 
 def find_model_shape(name: str) -> ModelShape:
-    """The shape called ``name``; ``ConfigError`` lists the known ones."""
-    if name not in MODEL_SHAPES:
-        raise ConfigError(f"unknown model shape {name!r}; known are {sorted(MODEL_SHAPES)}")
-    return MODEL_SHAPES[name]
+    """The shape called ``name``, or that of a function at a dotted path, which is given the block size.
+
+    Raises ``ConfigError`` for a name that is neither.
+    """
+    if name in MODEL_SHAPES:
+        return MODEL_SHAPES[name]
+    module_name, _, function_name = name.rpartition(".")
+    try:
+        make_groups = getattr(import_module(module_name), function_name) if module_name else None
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"cannot import the model shape {name!r} ({error})") from error
+    if not callable(make_groups):
+        raise ConfigError(
+            f"unknown model shape {name!r}; give one of {sorted(MODEL_SHAPES)}, or the dotted path of a "
+            "function that answers layer names and spec of each group for a block size"
+        )
+    return ModelShape(name, "", make_groups)
 
 
 def kind_of(spec: LayerSpec) -> str:
