@@ -42,8 +42,8 @@ def print_retention(
     """The table of ``jaxkv bench retention``."""
     console = Console()
     console.print(
-        f"[bold]{model}[/]: {families.num_families} x {families.branches} prompts of {families.prompt_tokens:,} "
-        f"tokens, {families.shared_tokens:,} shared; host {gib(host_bytes)} GiB"
+        f"[bold]{model}[/]: {families.num_families} x {families.branches} prompts of "
+        f"{families.prompt_tokens:,} tokens, {families.shared_tokens:,} shared; host {gib(host_bytes)} GiB"
     )
     table = _table("what the pool alone could serve in the end")
     for name in ("keep", "stored GiB", "prompts", "families", "branch points", "times"):
