@@ -5,6 +5,7 @@
 #   make bench-scheduler  what the connector's decisions cost a serving loop
 #   make bench-retention  how many prompts a host pool can serve, with and without retention
 #   make test-families   tests against the packages that allocate caches: flax, MaxText, gemma and others
+#   make mutants  which changes to connector and offload no test notices; MUTANTS='jaxkv.offload.claims*' for some
 # PYTHON=python3.12 picks another interpreter; VENV=dir another environment.
 
 PYTHON ?= python3
@@ -12,6 +13,7 @@ VENV ?= .venv
 FUZZ_STEPS ?= 500_000
 FUZZ_FIRST_SEED ?= 0
 FUZZ_JOBS ?= 2
+MUTANTS ?=
 FAMILIES_VENV ?= .venv-families
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
@@ -19,7 +21,7 @@ SOURCES := pyproject.toml README.md LICENSE $(shell find jaxkv ffi examples -typ
 	-not -name '*.pyc' -not -path '*/__pycache__/*')
 CPP := $(shell find ffi -name '*.cc' -o -name '*.h')
 
-.PHONY: help demo bench-scheduler bench-retention test fuzz test-families run-families lint format docs native-test clean
+.PHONY: help demo bench-scheduler bench-retention test fuzz test-families run-families mutants lint format docs native-test clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -39,6 +41,12 @@ test: $(VENV)/.jaxkv
 
 fuzz: $(VENV)/.jaxkv
 	$(BIN)/python tests/fuzz_cache.py --steps $(FUZZ_STEPS) --first-seed $(FUZZ_FIRST_SEED) --jobs $(FUZZ_JOBS)
+
+mutants: $(VENV)/.jaxkv $(VENV)/.mutants
+	mkdir -p mutants/jaxkv
+	cp $$($(BIN)/python -P -c 'import jaxkv._native; print(jaxkv._native.__file__)') mutants/jaxkv/
+	$(BIN)/mutmut run $(MUTANTS)
+	$(BIN)/mutmut results | sed '/not checked/d'
 
 test-families:
 	@$(MAKE) --no-print-directory run-families VENV=$(FAMILIES_VENV)
@@ -100,9 +108,13 @@ $(VENV)/.lint: $(VENV)/.python pyproject.toml
 	$(PIP) install ".[lint]"
 	@touch $@
 
+$(VENV)/.mutants: $(VENV)/.python pyproject.toml
+	$(PIP) install ".[mutants]"
+	@touch $@
+
 $(VENV)/.docs: $(VENV)/.python pyproject.toml
 	$(PIP) install ".[docs]"
 	@touch $@
 
 clean:
-	rm -rf .venv* build dist site
+	rm -rf .venv* build dist site mutants
