@@ -1,4 +1,4 @@
-"""Invariants 7 and 9 of the connector: nothing a copy reads is reused, a slot that changed hands is noticed."""
+"""Invariants 7 and 9 of the connector: nothing a copy reads is reused; stolen slots are noticed."""
 
 from contextlib import contextmanager
 
