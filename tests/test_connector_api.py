@@ -7,6 +7,7 @@ from connector_loop import Loop, LoopRequest, hybrid_config, make_caches
 from jaxkv.connector import (
     AllBlocksCleared,
     KVConnectorMetadata,
+    KVConnectorOutput,
     OffloadingConfig,
     OffloadingConnector,
     SchedulerOutput,
@@ -16,6 +17,7 @@ from jaxkv.errors import ConfigError, ConnectorStateError, PoolInUseError, Reque
 from jaxkv.offload import BackendOptions, make_offloading_spec
 from jaxkv.testing.fake_pool import FakePool
 from jaxkv.testing.fake_worker import FakeOffloadingSpec
+from jaxkv.testing.leaks import assert_no_leaks
 
 PROMPT = list(range(40))
 
@@ -209,3 +211,35 @@ def test_stats_count_bytes_chunks_and_reasons_per_group():
     assert loop.connector.get_loaded_kv_cache_group_ids(LoopRequest("none", PROMPT)) == ()
     assert loop.connector.get_external_cache_hit_sources(LoopRequest("none", PROMPT), 8) == {"host": 8}
     loop.close()
+
+
+def test_state_handed_over_as_its_request_is_preempted_and_admitted_again_is_that_of_the_first_stay():
+    connector = make_connector()
+    caches = make_caches(hybrid_config())
+    connector.register_kv_caches(caches)
+    request = LoopRequest("r", PROMPT)
+    tables = [list(range(10)), list(range(10)), [None, 0]]
+
+    def admit():
+        assert connector.get_num_new_matched_tokens(request, 0)[0] == 0
+        connector.update_state_after_alloc(request, tables, 0)
+
+    connector.on_new_request(request)
+    admit()
+    connector.build_connector_meta(SchedulerOutput(num_scheduled_tokens={"r": 12}))
+    request.num_computed_tokens = 12
+    connector.update_connector_output(KVConnectorOutput())
+    request.num_computed_tokens = 0
+    admit()
+    handed = {"r": [(2, 7, 8)]}
+    metadata = connector.build_connector_meta(
+        SchedulerOutput(preempted_req_ids={"r"}, boundary_state_offloads=handed)
+    )
+    (job,) = metadata.stores
+    assert {blocks.group: blocks.block_ids.tolist() for blocks in job.blocks}[2] == [7]
+    connector.handle_preemptions(caches, metadata)
+    connector.update_connector_output(connector.get_transfer_results(set()))
+    connector.request_finished_all_groups(request, tables)
+    connector.build_connector_meta(SchedulerOutput())
+    assert_no_leaks(connector)
+    connector.shutdown()

@@ -199,10 +199,13 @@ class OffloadingScheduler:
         return bool(self._kept_blocks)
 
     def _take_handed_states(self, scheduler_output: SchedulerOutput) -> None:
+        """States belong to the stay that ran in the last step, which may have ended since."""
         for req_id, offloads in scheduler_output.boundary_state_offloads.items():
             state = self._requests.get(req_id)
-            if state is not None and state.tenure is not None:
-                self._hand_over(state.tenure, offloads)
+            ended = [tenure for tenure in self._due if tenure.has_ended and tenure.ctx.req_id == req_id]
+            tenure = ended[-1] if ended else state and state.tenure
+            if tenure is not None and tenure.running:
+                self._hand_over(tenure, offloads)
 
     def _hand_over(self, tenure: Tenure, offloads: Sequence[PartialTailOffload]) -> None:
         """States at boundaries that the tables do not show; one at a link of the chain asks for a tail."""
