@@ -20,7 +20,7 @@ class Tenure:
 
     ``tables`` only ever grow: blocks the loop took back keep their entry, for a store may still read them.
     ``complete_tokens`` are on the device once the last step has ended (at first those the device held already
-    and those that are loaded), ``previous_tokens`` were a step before. A request is not ``running`` before
+    and those that are loaded), ``previous_tokens`` were when it began. A request is not ``running`` before
     its first step has ended: until then another request may still be about to write what the device cache
     lends it. One that ``has_ended`` is planned for once more.
 
@@ -67,10 +67,11 @@ class Tenure:
         """
         # Called for every running request of every step: min() and max() would cost more than the rest.
         complete, computed = self.complete_tokens, self.request.num_computed_tokens
-        if computed > complete:
-            reached = complete + self.unconfirmed_tokens
-            reached = min(reached, computed)
-            self.complete_tokens = complete = reached
+        if self.unconfirmed_tokens and computed > complete:
+            if computed > complete + self.unconfirmed_tokens:
+                # A step before it was not reported: what that one gave back and overwrote is not known.
+                self.previous_tokens = computed
+            self.complete_tokens = complete = computed
             self.unconfirmed_tokens = 0
         return self.due_tokens is not None and complete >= self.due_tokens
 

@@ -56,6 +56,7 @@ class OffloadingScheduler:
         self._stores = StorePlanner(caches, manager, self._jobs, self._metrics, events)
         self._requests: dict[str, RequestState] = {}
         self._step: Mapping[str, int] = {}
+        self._last_step: Mapping[str, int] = {}
         self._left_in_step: list[tuple[Tenure, int]] = []
         self._unconfirmed: list[Tenure] = []
         self._due: dict[Tenure, None] = {}
@@ -126,7 +127,7 @@ class OffloadingScheduler:
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> OffloadingConnectorMetadata:
         """See ``KVConnectorBase``. Stores cover what was complete when the last step ended."""
-        self._drop_step()
+        self._step, self._left_in_step = {}, []  # a step that is still open broke off
         self._confirm_step()
         self._end_preempted(scheduler_output)
         self._take_handed_states(scheduler_output)
@@ -139,22 +140,12 @@ class OffloadingScheduler:
         self._manager.on_schedule_end()
         return OffloadingConnectorMetadata(stores, self._loads.take_unsent())
 
-    def _drop_step(self) -> None:
-        """A step that is still open broke off: its tokens were never computed, but blocks may be gone."""
-        for req_id in self._step:
-            state = self._requests.get(req_id)
-            if state is not None and state.tenure is not None:
-                state.tenure.previous_tokens = state.tenure.complete_tokens
-        for tenure, _ in self._left_in_step:
-            tenure.previous_tokens = tenure.complete_tokens
-        self._step, self._left_in_step = {}, []
-
     def _begin_step(self, scheduler_output: SchedulerOutput) -> None:
         for req_id, new_blocks in scheduler_output.new_block_ids.items():
             state = self._requests.get(req_id)
             if state is not None and state.tenure is not None and new_blocks:
                 state.tenure.add_blocks(new_blocks)
-        self._step = scheduler_output.num_scheduled_tokens
+        self._step, self._last_step = scheduler_output.num_scheduled_tokens, {}
 
     def update_connector_output(self, output: KVConnectorOutput) -> None:
         """See ``KVConnectorBase``. It says that the step ran; without it a step is not stored."""
@@ -180,7 +171,9 @@ class OffloadingScheduler:
         for tenure, num_tokens in self._left_in_step:
             tenure.end_step(num_tokens)
             self._due[tenure] = None
-        self._step, self._left_in_step = {}, []
+        if self._step:
+            self._step, self._last_step = {}, self._step
+        self._left_in_step = []
 
     def _confirm_step(self) -> None:
         """A loop may say what was computed before ``update_connector_output`` or, at the latest, by now."""
@@ -225,6 +218,9 @@ class OffloadingScheduler:
         due, self._due = self._due, {}
         jobs = []
         for tenure in due:
+            if tenure.ctx.req_id not in self._last_step:
+                # A step went by without it, or broke off: what it gave back then may be overwritten.
+                tenure.previous_tokens = tenure.complete_tokens
             job = self._stores.plan(tenure) if tenure.running else None
             if job is not None:
                 jobs.append(job)

@@ -1,0 +1,63 @@
+"""Stays on the device that do not go the straight way: left out of steps, admitted twice, told about late."""
+
+import pytest
+from connector_loop import Loop, expected_output
+from loop_model import make_config
+
+from jaxkv.connector import SchedulerOutput
+
+PROMPT = list(range(100, 150))
+
+
+def step_without_report(loop):
+    """A step that runs and ends no job, of which the loop does not tell the connector."""
+    loop.preempted, loop.new_blocks = set(), {}
+    output = SchedulerOutput(loop.schedule(), loop.new_blocks)
+    loop.worker.delayed = True
+    loop.work(loop.connector.build_connector_meta(output), output)
+    loop.worker.delayed = False
+    loop.worker.finish()
+
+
+def test_blocks_given_back_before_a_step_without_the_request_are_not_read_when_it_ends():
+    """At 21 tokens block 2 leaves the window, though a hit of 20 tokens, where the request ends, reads it."""
+    loop = Loop(
+        config=make_config({"full": 1, "window": 1}),
+        retention_interval=0,
+        offload_prompt_only=False,
+        max_step_tokens=20,
+    )
+    loop.cuts_at_boundaries = True
+    first = loop.add("first", PROMPT)
+    loop.step()
+    loop.max_step_tokens = 1
+    loop.step()
+    assert first.num_computed_tokens == 21
+    loop.running.remove(first)
+    loop.skip_window(first)
+    loop.serve("other", [7] * 20)
+    loop.abort(first)
+    loop.run()
+    again = [*PROMPT[:20], 1, 2, 3]
+    loop.serve("second", again, 2)
+    assert loop.outputs["second"] == expected_output(again, 2)
+    loop.close()
+
+
+@pytest.mark.parametrize("kinds", [("full", "window"), ("full", "state")])
+def test_step_that_was_not_reported_costs_chunks_and_no_bytes(kinds):
+    """Steps end at 12, 44 and 48: who misses the second takes the third for one that ends at 16."""
+    loop = Loop(config=make_config(dict.fromkeys(kinds, 1)), max_step_tokens=12)
+    loop.cuts_at_boundaries = True
+    first = loop.add("first", PROMPT)
+    loop.step()
+    loop.max_step_tokens = 32
+    step_without_report(loop)
+    assert first.num_computed_tokens == 44
+    loop.max_step_tokens = 4
+    for index in range(9):
+        loop.add(f"other {index}", [index] * 10)
+    loop.run()
+    for end in range(5, len(PROMPT), 4):
+        loop.serve(f"up to {end}", [*PROMPT[:end], 1], 2)
+    loop.close()
