@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "handlers.h"
+#include "index_module.h"
 #include "pool.h"
 #include "slots.h"
 #include "slots_module.h"
@@ -148,6 +149,7 @@ NB_MODULE(_native, module) {
       .def_prop_ro("huge_pages", &ArenaHandle::huge_pages)
       .def_prop_ro("shared_fd", &ArenaHandle::shared_fd);
   RegisterSlots(module);
+  RegisterIndex(module);
   module.def("ffi_targets", &FfiTargets);
 }
 

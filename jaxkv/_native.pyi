@@ -1,7 +1,12 @@
 """Host memory arenas, the slots they are divided into, and the FFI targets that move pages."""
 
+from collections.abc import Callable, Collection, Sequence
+from enum import Enum
+
 import numpy as np
 import numpy.typing as npt
+
+from jaxkv.keys import OffloadKey
 
 class Arena:
     """Host memory that is mapped, touched and registered under ``pool_id`` until it is closed."""
@@ -60,5 +65,89 @@ class SlotPool:
     def used_bytes(self) -> int: ...
     @property
     def num_live(self) -> int: ...
+
+class Found(Enum):
+    """What the index knows of a key."""
+
+    MISS = 0
+    READABLE = 1
+    PENDING = 2
+
+class IndexCounts:
+    """What an index holds now (chunks, those used by jobs, and of them those forgotten) and what it did."""
+
+    @property
+    def num_chunks(self) -> int: ...
+    @property
+    def num_in_use(self) -> int: ...
+    @property
+    def num_forgotten(self) -> int: ...
+    @property
+    def num_evicted(self) -> int: ...
+    @property
+    def num_below_threshold(self) -> int: ...
+
+class ChunkIndex:
+    """Which chunks a pool holds, who uses them and which go first.
+
+    ``policy`` is ``"lru"``, ``"arc"`` or makes a ``CachePolicy``. Keys are a ``KeyRun``, ``KeyRuns`` or any
+    collection of bytes. What does not fit what was prepared is a ``ValueError`` and changes nothing.
+    """
+
+    def __init__(
+        self,
+        pool: SlotPool,
+        slot_bytes: Sequence[int],
+        policy: str | Callable[[int], object],
+        store_threshold: int,
+        max_tracked_keys: int,
+    ) -> None: ...
+    def lookup(self, key: OffloadKey) -> Found: ...
+    def lookup_prefix(self, keys: Collection[OffloadKey]) -> tuple[int, bool]:
+        """How many keys are found before the first miss, and whether all of those can be read."""
+
+    def lookup_suffix(self, keys: Collection[OffloadKey]) -> tuple[int, bool]: ...
+    def begin_request(self, request: str) -> None: ...
+    def end_request(self, request: str) -> None: ...
+    def prepare_load(
+        self, request: str, keys: Collection[OffloadKey]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Offsets and epochs of slots."""
+
+    def complete_load(self, keys: Collection[OffloadKey], success: bool) -> tuple[OffloadKey, ...]:
+        """Which of the keys were forgotten."""
+
+    def prepare_store(
+        self, request: str, keys: Collection[OffloadKey]
+    ) -> tuple[
+        bool,
+        tuple[OffloadKey, ...] | None,
+        npt.NDArray[np.int64],
+        npt.NDArray[np.int64],
+        tuple[OffloadKey, ...],
+    ]:
+        """Whether there is room, the keys to store (``None``: all of them), offsets and epochs of their
+        slots, and the keys evicted, which may be some even where there is no room."""
+
+    def complete_store(
+        self, keys: Collection[OffloadKey], success: bool, name_keys: bool
+    ) -> tuple[OffloadKey, ...]:
+        """Which of the keys became readable, if they are to be named."""
+
+    def touch(self, keys: Collection[OffloadKey]) -> None: ...
+    def reset(self) -> tuple[OffloadKey, ...]:
+        """Forget everything; the keys that were readable."""
+
+    def abandon(self) -> None:
+        """Give every slot back, also those in use."""
+
+    def in_use(self) -> list[tuple[OffloadKey, int]]:
+        """Keys with their uses."""
+
+    @property
+    def counts(self) -> IndexCounts: ...
+    @property
+    def num_requests(self) -> int:
+        """Requests that asked for something and have not ended."""
 
 def ffi_targets() -> dict[str, object]: ...

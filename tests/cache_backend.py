@@ -39,7 +39,7 @@ def chunk_of(key: bytes) -> tuple[int, int]:
 
 def slots_of(spec: Any) -> Iterator[tuple[int, int]]:
     """Offset and epoch of the slots of a job, in the job's order."""
-    return ((slot.offset, slot.epoch) for slot in spec.slots)
+    return zip(spec.offsets.tolist(), spec.epochs.tolist(), strict=True)
 
 
 class WatchedManager(OffloadingManager):

@@ -98,7 +98,7 @@ class RecordingWorker(OffloadingWorker):
         return kv_caches
 
     def _blocks(self, job: TransferJob, kv_caches: Any) -> Iterator[tuple[Any, list[bytes]]]:
-        slots = iter(job.spec.slots)
+        slots = zip(job.spec.offsets.tolist(), job.spec.epochs.tolist(), strict=True)
         for blocks in job.blocks:
             for block in blocks.block_ids.tolist():
                 layers = [kv_caches[name] for name in self.group_layers[blocks.group]]

@@ -158,7 +158,7 @@ def test_invariant_07_a_slot_under_way_is_given_to_nobody_even_when_it_was_freed
 @contextmanager
 def given_to_others(backend, place):
     """Slots that were freed belong to somebody else now, who filled them with sevens and finds them so."""
-    pool, stale = backend.pool, list(place.slots)
+    pool, stale = backend.pool, place.of_group(GroupId(0), 0, len(place))
     taken = [pool.try_reserve(SLOT_BYTES) for _ in stale]
     assert {slot.offset for slot in taken} == {slot.offset for slot in stale}
     assert {slot.epoch for slot in taken}.isdisjoint(slot.epoch for slot in stale)

@@ -1,15 +1,12 @@
-"""The host backend's bookkeeping, against a model that recomputes everything from lists."""
+"""The host backend's bookkeeping, rule by rule; ``test_manager_model.py`` compares it with a model."""
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from jaxkv.errors import ConfigError
-from jaxkv.keys import BlockHash, GroupId, get_offload_group, make_offload_key
-from jaxkv.offload import LookupResult, LRUPolicy, ReqContext
+from jaxkv.keys import BlockHash, GroupId, KeyRun, KeyRuns, make_offload_key
+from jaxkv.offload import LookupResult, PrefixLookup, ReqContext
 from jaxkv.offload.host_manager import HostOffloadingManager
-from jaxkv.offload.policies import find_policy
+from jaxkv.slots import Slots
 from jaxkv.testing.fake_pool import FakePool
 
 CTX = ReqContext("r")
@@ -35,6 +32,10 @@ def store(manager, wanted):
     assert output is not None
     manager.complete_store(output.keys_to_store, CTX)
     return output
+
+
+def finish(manager, ctx=CTX):
+    manager.on_request_finished(ctx)
 
 
 def held(manager, wanted):
@@ -71,13 +72,54 @@ def test_least_recently_used_chunk_is_evicted_first():
     assert store(manager, keys(8, 9)).evicted_keys == tuple(keys(1, 2))
 
 
-def test_first_key_of_a_prefix_is_evicted_last():
+def test_chunks_are_ranked_by_insertion_until_their_request_ends():
     manager, _ = make_manager()
     store(manager, keys(*range(8)))
+    assert store(manager, keys(8)).evicted_keys == (key(0),)
+
+
+def test_first_key_of_a_request_that_ended_is_evicted_last():
+    manager, _ = make_manager()
+    store(manager, keys(*range(8)))
+    finish(manager)
     assert store(manager, keys(8)).evicted_keys == (key(7),)
     manager.touch(keys(0, 1, 2, 3, 4, 5, 6), CTX)
     assert store(manager, keys(9)).evicted_keys == (key(8),)
     assert store(manager, keys(10)).evicted_keys == (key(6),)
+
+
+def test_loaded_chunks_are_as_warm_as_the_end_of_their_request():
+    manager, _ = make_manager()
+    for number in range(8):
+        store(manager, keys(number))
+    finish(manager)
+    reader = ReqContext("reader")
+    manager.prepare_load(keys(6, 7), reader)
+    manager.complete_load(keys(6, 7), reader)
+    assert store(manager, keys(8)).evicted_keys == (key(7),), "a load alone changes no rank"
+    manager.prepare_load(keys(6, 5), reader)
+    manager.complete_load(keys(6, 5), reader)
+    finish(manager, reader)
+    assert store(manager, keys(9, 10, 11, 12, 13)).evicted_keys == tuple(keys(4, 3, 2, 1, 0))
+
+
+def test_positions_order_a_request_whatever_was_stored_first():
+    manager, _ = make_manager()
+    hashes = [BlockHash(number.to_bytes(16, "big")) for number in range(8)]
+    store(manager, KeyRun(hashes, GroupId(0), 4, 1, 4))
+    store(manager, KeyRun(hashes, GroupId(0), 0, 1, 4))
+    finish(manager)
+    assert store(manager, keys(8, 9, 10)).evicted_keys == tuple(keys(7, 6, 5))
+
+
+def test_groups_of_a_request_are_ordered_by_position_and_not_one_after_another():
+    pool = FakePool(SLAB, SLAB)
+    manager = HostOffloadingManager(pool, (512, 512))
+    hashes = [BlockHash(number.to_bytes(16, "big")) for number in range(4)]
+    store(manager, KeyRuns([KeyRun(hashes, GroupId(group), 0, 1, 4) for group in range(2)]))
+    finish(manager)
+    evicted = store(manager, keys(20, 21, 22)).evicted_keys
+    assert evicted == (key(3, group=1), key(3, group=0), key(2, group=1))
 
 
 def test_full_pool_is_a_miss_and_loses_nothing():
@@ -110,10 +152,10 @@ def get_evicted(manager, wanted):
 def test_keys_being_stored_are_not_evicted_to_make_room_for_themselves():
     manager, _ = make_manager()
     store(manager, keys(*range(8)))
-    output = store(manager, keys(7, 6, 8))
+    output = store(manager, keys(0, 1, 8))
     assert output.keys_to_store == (key(8),)
-    assert output.evicted_keys == (key(5),)
-    assert all(held(manager, keys(6, 7, 8)))
+    assert output.evicted_keys == (key(2),)
+    assert all(held(manager, keys(0, 1, 8)))
 
 
 def test_cold_slab_of_another_size_changes_owner():
@@ -128,7 +170,7 @@ def test_warm_slab_of_another_size_stays_while_a_colder_chunk_can_go():
     manager, _ = make_manager(num_slabs=2)
     store(manager, keys(*range(8)))
     store(manager, keys(1, 2, group=1))
-    assert store(manager, keys(8)).evicted_keys == (key(7),)
+    assert store(manager, keys(8)).evicted_keys == (key(0),)
 
 
 def test_slab_with_a_chunk_in_use_does_not_change_owner():
@@ -136,8 +178,24 @@ def test_slab_with_a_chunk_in_use_does_not_change_owner():
     store(manager, keys(1, 2, group=1))
     manager.prepare_load(keys(1, group=1), CTX)
     store(manager, keys(*range(8)))
-    assert store(manager, keys(8)).evicted_keys == (key(7),)
+    assert store(manager, keys(8)).evicted_keys == (key(0),)
     manager.complete_load(keys(1, group=1), CTX)
+
+
+def test_slab_is_as_warm_as_its_warmest_chunk():
+    manager, _ = make_manager(num_slabs=2)
+    store(manager, keys(1, 2, group=1))
+    store(manager, keys(*range(8)))
+    manager.touch(keys(2, group=1), CTX)
+    assert store(manager, keys(8)).evicted_keys == (key(0),)
+
+
+def test_slab_with_an_offered_chunk_does_not_change_owner():
+    manager, _ = make_manager(num_slabs=2)
+    store(manager, keys(1, 2, group=1))
+    store(manager, keys(*range(8)))
+    output = store(manager, [*keys(8), *keys(1, group=1)])
+    assert output.evicted_keys == (key(0),)
 
 
 def test_size_without_chunks_gets_a_slab_however_warm_the_others_are():
@@ -158,8 +216,7 @@ def test_one_store_may_empty_slabs_for_two_sizes():
 def test_every_load_keeps_its_chunk_until_it_completes():
     manager, _ = make_manager()
     store(manager, keys(*range(8)))
-    manager.prepare_load(keys(0), CTX)
-    manager.prepare_load(keys(0), CTX)
+    manager.prepare_load(keys(0, 0), CTX)
     manager.complete_load(keys(0), CTX)
     assert key(0) not in get_evicted(manager, keys(*range(10, 17)))
     manager.complete_load(keys(0), CTX)
@@ -207,8 +264,12 @@ def test_chunks_being_loaded_outlive_a_reset():
 def test_slot_that_somebody_views_makes_a_store_a_miss():
     manager, pool = make_manager()
     store(manager, keys(*range(8)))
-    pool.try_reserve = lambda _: None
+    columns = pool.slot_pool.list_live()[:2]
+    assert pool.slot_pool.pin(*columns)
     assert manager.prepare_store(keys(9), CTX) is None
+    assert (manager.lookup(key(9), CTX), manager.leaks()) == (LookupResult.MISS, [])
+    pool.slot_pool.unpin(*columns)
+    assert manager.prepare_store(keys(9), CTX) is not None
 
 
 def test_events_name_what_became_loadable_and_what_was_removed():
@@ -219,6 +280,26 @@ def test_events_name_what_became_loadable_and_what_was_removed():
     assert (stored.keys, stored.removed) == (tuple(keys(1, 2)), False)
     assert (set(removed.keys), removed.removed) == (set(keys(1, 2)), True)
     assert not manager.take_events()
+
+
+def test_chunk_evicted_in_vain_is_reported_as_removed():
+    manager, pool = make_manager(enable_events=True)
+    store(manager, keys(*range(8)))
+    columns = pool.slot_pool.list_live()[:2]
+    pool.slot_pool.pin(*columns)
+    assert manager.prepare_store(keys(9), CTX) is None
+    pool.slot_pool.unpin(*columns)
+    assert manager.take_events()[-1].keys == (key(0),)
+
+
+def test_chunks_that_could_not_be_read_are_reported_as_removed():
+    manager, _ = make_manager(enable_events=True)
+    store(manager, keys(1, 2))
+    manager.take_events()
+    manager.prepare_load(keys(1, 2), CTX)
+    manager.complete_load(keys(1, 2), CTX, success=False)
+    (removed,) = manager.take_events()
+    assert (removed.keys, removed.removed) == (tuple(keys(1, 2)), True)
 
 
 def test_events_are_not_collected_unless_asked_for():
@@ -240,122 +321,69 @@ def test_pool_too_small_for_one_chunk_is_named():
         HostOffloadingManager(FakePool(1024), SIZES)
 
 
-@pytest.mark.parametrize(
-    "name", ["mru", "jaxkv.offload.policies.NoSuchPolicy", "no_such_module.Policy", "builtins.dict"]
-)
-def test_unknown_policy_is_named_with_the_known_ones(name):
-    with pytest.raises(ConfigError, match=f"{name}.*lru"):
-        find_policy(name)
+def test_job_finds_the_slots_of_each_group():
+    manager, pool = make_manager(num_slabs=2)
+    output = manager.prepare_store([*keys(1, 2), *keys(1, group=1)], CTX)
+    small = output.store_spec.of_group(GroupId(0), 0, 2)
+    large = output.store_spec.of_group(GroupId(1), 2, 3)
+    assert isinstance(small, Slots)
+    assert {*small, *large} == pool.live
+    assert ([slot.num_bytes for slot in small], [slot.num_bytes for slot in large]) == ([512, 512], [2048])
+    manager.complete_store(output.keys_to_store, CTX)
+    loaded = manager.prepare_load([*keys(1, group=1), *keys(2)], CTX)
+    assert (loaded.of_group(GroupId(1), 0, 1), loaded.of_group(GroupId(0), 1, 2)) == (large, small[1:])
 
 
-def test_policy_is_found_by_dotted_path():
-    assert find_policy("jaxkv.offload.policies.LRUPolicy") is LRUPolicy
+def test_runs_of_keys_are_the_keys_they_name():
+    manager, _ = make_manager(num_slabs=2)
+    hashes = [BlockHash(number.to_bytes(16, "big")) for number in range(20)]
+    runs = KeyRuns([KeyRun(hashes, GroupId(0), 1, 2, 3), KeyRun(hashes, GroupId(1), 5, 5, 2)])
+    output = manager.prepare_store(runs, CTX)
+    assert output.keys_to_store is runs
+    manager.complete_store(runs, CTX)
+    assert all(held(manager, [*keys(1, 3, 5), *keys(5, 10, group=1)]))
+    assert manager.prepare_store(runs, CTX).keys_to_store == ()
+    assert manager.prepare_store(runs.runs[0][1:], CTX).keys_to_store == ()
 
 
-ALL_KEYS = [key(number, group) for number in range(25) for group in range(2)]
+def test_lookup_counts_from_either_end_up_to_the_first_miss():
+    manager, _ = make_manager(num_slabs=64)
+    hashes = [BlockHash(number.to_bytes(16, "big")) for number in range(300)]
+    run = KeyRun(hashes, GroupId(0), 0, 1, 300)
+    store(manager, run[:150])
+    store(manager, run[151:])
+    assert manager.lookup_prefix(run, CTX) == PrefixLookup(150)
+    assert manager.lookup_suffix(run, CTX) == PrefixLookup(149)
+    assert manager.lookup_prefix(run[151:], CTX) == PrefixLookup(149)
+    assert manager.lookup_suffix(run[:150], CTX) == PrefixLookup(150)
+    assert manager.lookup_prefix(run[150:], CTX) == PrefixLookup(0)
+    assert manager.lookup_prefix([], CTX) == PrefixLookup(0)
+    manager.prepare_store(run[150:151], CTX)
+    assert manager.lookup_prefix(run, CTX) == PrefixLookup(300, LookupResult.HIT_PENDING)
+    assert manager.lookup_suffix(list(run[151:]), CTX) == PrefixLookup(149)
 
 
-class ManagerModel(RuleBasedStateMachine):
-    """Two slot sizes over four slabs. The model is a list of chunks, coldest first, and two bags of uses."""
-
-    @initialize()
-    def start(self):
-        self.manager, self.pool = make_manager(num_slabs=4)
-        self.cold_to_hot: list = []
-        self.writing: list = []
-        self.reading: list = []
-
-    some_keys = st.lists(st.sampled_from(ALL_KEYS), min_size=1, max_size=12, unique=True)
-
-    def used(self, wanted):
-        """What a use does to the order: the first key becomes the hottest."""
-        for one in reversed(wanted):
-            if one in self.cold_to_hot:
-                self.cold_to_hot.remove(one)
-                self.cold_to_hot.append(one)
-
-    def busy(self):
-        return {one for job in self.writing + self.reading for one in job}
-
-    @rule(wanted=some_keys)
-    def begin_store(self, wanted):
-        before = list(self.cold_to_hot)
-        output = self.manager.prepare_store(wanted, CTX)
-        pending = {one for job in self.writing for one in job}
-        if output is None:
-            assert self.cold_to_hot == before
-            self.used([one for one in wanted if one in before and one not in self.busy()])
-            return
-        assert output.keys_to_store == tuple(
-            one for one in wanted if one not in before and one not in pending
-        )
-        evicted = set(output.evicted_keys)
-        assert evicted <= set(before) - self.busy() - set(wanted)
-        self.check_coldest_go_first(before, wanted, output)
-        self.cold_to_hot = [one for one in before if one not in evicted]
-        self.used([one for one in wanted if one in before and one not in self.busy()])
-        self.writing.append(list(output.keys_to_store))
-
-    def check_coldest_go_first(self, before, wanted, output):
-        """Of a size that keeps its slabs, those evicted are the coldest that could be."""
-        evicted = set(output.evicted_keys)
-        groups = {get_offload_group(one) for one in evicted}
-        if len(groups) != 1 or groups != {get_offload_group(one) for one in output.keys_to_store}:
-            return
-        could_go = [
-            one
-            for one in before
-            if one not in self.busy() and one not in wanted and get_offload_group(one) in groups
-        ]
-        assert set(could_go[: len(evicted)]) == evicted
-
-    @rule(data=st.data(), success=st.booleans())
-    def end_store(self, data, success):
-        if self.writing:
-            job = self.writing.pop(data.draw(st.integers(0, len(self.writing) - 1)))
-            self.manager.complete_store(job, CTX, success=success)
-            if success:
-                self.cold_to_hot.extend(reversed(job))
-
-    @rule(data=st.data())
-    def begin_load(self, data):
-        if self.cold_to_hot:
-            job = data.draw(st.lists(st.sampled_from(self.cold_to_hot), min_size=1, max_size=4, unique=True))
-            self.manager.prepare_load(job, CTX)
-            self.reading.append(job)
-
-    @rule(data=st.data())
-    def end_load(self, data):
-        if self.reading:
-            job = self.reading.pop(data.draw(st.integers(0, len(self.reading) - 1)))
-            self.manager.complete_load(job, CTX)
-            self.used([one for one in job if one not in self.busy()])
-
-    @rule(wanted=some_keys)
-    def touch(self, wanted):
-        self.manager.touch(wanted, CTX)
-        self.used([one for one in wanted if one not in self.busy()])
-
-    @rule()
-    def come_to_rest_and_reset(self):
-        for job in self.writing:
-            self.manager.complete_store(job, CTX)
-        for job in self.reading:
-            self.manager.complete_load(job, CTX)
-        self.manager.reset_cache()
-        assert not self.pool.live
-        self.cold_to_hot, self.writing, self.reading = [], [], []
-
-    @invariant()
-    def holds_what_the_model_holds(self):
-        pending = {one for job in self.writing for one in job}
-        for one in ALL_KEYS:
-            expected = LookupResult.HIT_PENDING if one in pending else LookupResult.MISS
-            expected = LookupResult.HIT if one in self.cold_to_hot else expected
-            assert self.manager.lookup(one, CTX) is expected
-        assert len(self.pool.live) == len(self.cold_to_hot) + sum(map(len, self.writing))
-        assert bool(self.manager.leaks()) == bool(self.busy())
+@pytest.mark.parametrize("hash_bytes", [16, 32])
+def test_keys_differ_in_every_byte(hash_bytes):
+    manager, _ = make_manager(num_slabs=64)
+    base = bytes(hash_bytes)
+    flipped = [base[:at] + b"\x01" + base[at + 1 :] for at in range(hash_bytes)]
+    wanted = [make_offload_key(BlockHash(each), GroupId(0)) for each in (base, *flipped)]
+    assert len(store(manager, wanted).keys_to_store) == hash_bytes + 1
+    assert make_offload_key(BlockHash(base + b"\0"), GroupId(0)) not in wanted
+    assert manager.lookup(make_offload_key(BlockHash(base[1:]), GroupId(0)), CTX) is LookupResult.MISS
 
 
-TestManagerModel = ManagerModel.TestCase
-TestManagerModel.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+def test_stats_count_what_is_held_and_what_was_evicted():
+    manager, _ = make_manager()
+    store(manager, keys(*range(8)))
+    store(manager, keys(8, 9))
+    manager.prepare_load(keys(8, 9), CTX)
+    manager.complete_load(keys(9), CTX, success=False)
+    manager.prepare_load(keys(7), CTX)
+    manager.reset_cache()
+    stats = manager.get_stats()
+    assert (stats.num_chunks, stats.num_busy, stats.num_quarantined, stats.num_evicted) == (0, 2, 2, 2)
+    assert (stats.used_bytes, stats.capacity_bytes) == (1024, SLAB)
+    manager.complete_load(keys(7, 8), CTX)
+    assert manager.get_stats().num_busy == 0

@@ -10,6 +10,10 @@ from eviction_rules import RuleManager
 from policy_player import Player
 from policy_traffic import ANSWERED, Setup
 
+from jaxkv.offload.host_manager import HostOffloadingManager
+from jaxkv.testing.fake_pool import FakePool
+
+SLOT_BYTES = 512
 VLLM = {
     policy: json.loads(Path(__file__).with_name("data").joinpath(f"vllm_{policy}_traces.json").read_text())
     for policy in ("lru", "arc")
@@ -29,8 +33,19 @@ def make_rules(policy, setup):
     return RuleManager(policy, setup.capacity, setup.threshold, setup.tracker)
 
 
+def make_host(policy, setup):
+    pool = FakePool(setup.capacity * SLOT_BYTES, SLOT_BYTES)
+    return HostOffloadingManager(
+        pool,
+        [SLOT_BYTES] * len(setup.steps),
+        policy,
+        store_threshold=setup.threshold,
+        max_tracked_keys=setup.tracker,
+    )
+
+
 @pytest.mark.parametrize(("policy", "trace"), CASES)
-@pytest.mark.parametrize("make_manager", [make_rules])
+@pytest.mark.parametrize("make_manager", [make_rules, make_host])
 def test_every_answer_is_vllms(make_manager, policy, trace):
     setup = setup_of(trace)
     player = Player(make_manager(policy, setup), setup)

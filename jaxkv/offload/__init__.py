@@ -17,14 +17,13 @@ from jaxkv.offload.base import (
 )
 from jaxkv.offload.factory import make_offloading_spec
 from jaxkv.offload.options import BackendOptions
-from jaxkv.offload.policies import CachePolicy, LRUPolicy
+from jaxkv.offload.policies import CachePolicy
 
 __all__ = [
     "BackendOptions",
     "CachePolicy",
     "DeviceBlocks",
     "JobResult",
-    "LRUPolicy",
     "LoadStoreSpec",
     "LookupResult",
     "OffloadPolicy",

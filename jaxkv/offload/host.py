@@ -32,7 +32,7 @@ class HostOffloadingSpec(OffloadingSpec):
     def __init__(self, options: BackendOptions, *, pool: HostPool | None = None) -> None:
         if options.extra:
             raise ConfigError(f"the host backend has no further options, got {sorted(options.extra)}")
-        make_policy = find_policy(options.eviction_policy)
+        policy = find_policy(options.eviction_policy)
         self._options = options
         self._record_bytes = [
             -(-group.page_size_bytes // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
@@ -44,7 +44,11 @@ class HostOffloadingSpec(OffloadingSpec):
         try:
             slot_bytes = [size * options.blocks_per_chunk for size in self._record_bytes]
             self._manager = HostOffloadingManager(
-                self._pool, slot_bytes, make_policy, enable_events=options.enable_events
+                self._pool,
+                slot_bytes,
+                policy,
+                store_threshold=options.store_threshold,
+                enable_events=options.enable_events,
             )
         except BaseException:
             self._close_pool()

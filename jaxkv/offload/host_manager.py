@@ -1,45 +1,71 @@
-"""Which chunks host memory holds, and who is using them. Moves no bytes."""
+"""Which chunks host memory holds, and who is using them. Moves no bytes; ``ffi/chunk_index.h`` decides."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import TYPE_CHECKING, final
 
-from jaxkv.keys import OffloadKey, get_offload_group
+import numpy as np
+import numpy.typing as npt
+
+from jaxkv.host_pool import load_native
+from jaxkv.keys import GroupId, KeyRun, KeyRuns, OffloadKey, get_offload_group
 from jaxkv.offload.base import (
     LoadStoreSpec,
     LookupResult,
     OffloadingEvent,
     OffloadingManager,
+    OffloadPolicy,
+    PrefixLookup,
     PrepareStoreOutput,
     ReqContext,
 )
-from jaxkv.offload.eviction import Chunk, EvictionOrder
-from jaxkv.offload.policies import LRUPolicy, MakePolicy
-from jaxkv.offload.slots import Slot, SlotPool
+from jaxkv.offload.policies import MakePolicy, find_policy
+from jaxkv.offload.slots import SlotPool
+from jaxkv.slots import Slots
+
+if TYPE_CHECKING:
+    from jaxkv._native import ChunkIndex
 
 MEDIUM = "host"
 """How this backend names itself in events."""
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class HostSlots(LoadStoreSpec):
-    """The pool slots of a job's chunks, in the order of the job."""
+    """The pool slots of a job's chunks, in the order of the job: int64 arrays of shape ``(num_chunks,)``.
 
-    slots: tuple[Slot, ...]
+    ``slot_bytes`` are the sizes of slots, by group.
+    """
+
+    offsets: npt.NDArray[np.int64]
+    epochs: npt.NDArray[np.int64]
+    slot_bytes: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def of_group(self, group: GroupId, first: int, end: int) -> Slots:
+        """The slots of chunks ``first`` to ``end`` of the job, which are those of one group."""
+        return Slots(self.offsets[first:end], self.epochs[first:end], self.slot_bytes[group])
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class HostManagerStats:
-    """What the host backend holds now, and what it evicted since it was made."""
+    """What the host backend holds now, and what it did since it was made.
+
+    ``num_busy`` chunks are used by jobs, ``num_quarantined`` of them are forgotten already. ``num_evicted``
+    chunks were given up; ``num_below_threshold`` keys were not stored because they were offered too seldom.
+    """
 
     num_chunks: int
     num_busy: int
     num_quarantined: int
     num_evicted: int
+    num_below_threshold: int
     used_bytes: int
     capacity_bytes: int
 
@@ -51,89 +77,94 @@ class HostOffloadingManager(OffloadingManager):
     A chunk forgotten while a job still reads or writes it is quarantined: its slot comes back when the last
     such job ends, and until then its key is not stored anew, so that a late completion is never taken for
     that of a newer job.
+
+    ``policy`` is a name that ``find_policy`` knows, or makes a ``CachePolicy`` for each slot size. From
+    ``store_threshold`` 2 on a key is stored only when it is offered for that time; the offers of
+    ``max_tracked_keys`` keys are remembered, of those offered last.
+
+    A key, or a completion, that fits nothing prepared raises ``ValueError`` and changes nothing.
     """
 
     def __init__(
         self,
         pool: SlotPool,
         slot_bytes: Sequence[int],
-        make_policy: MakePolicy = LRUPolicy,
+        policy: str | MakePolicy = "lru",
         *,
+        store_threshold: int = 0,
+        max_tracked_keys: int = 64_000,
         enable_events: bool = False,
     ) -> None:
         pool.fit_slabs(slot_bytes)
+        native = load_native()
         self._pool = pool
         self._slot_bytes = tuple(slot_bytes)
-        self._slots_per_slab = {size: pool.max_slots(size) // pool.num_slabs for size in self._slot_bytes}
-        self._order = EvictionOrder(make_policy)
-        self._chunks: dict[OffloadKey, Chunk] = {}
-        self._quarantine: dict[OffloadKey, Chunk] = {}
-        self._num_evicted = 0
+        self._index: ChunkIndex = native.ChunkIndex(
+            pool.slot_pool,
+            self._slot_bytes,
+            find_policy(policy) if isinstance(policy, str) else policy,
+            store_threshold,
+            max_tracked_keys,
+        )
+        self._answers = {
+            native.Found.MISS: LookupResult.MISS,
+            native.Found.READABLE: LookupResult.HIT,
+            native.Found.PENDING: LookupResult.HIT_PENDING,
+        }
         self._events: list[OffloadingEvent] | None = [] if enable_events else None
 
     def lookup(self, key: OffloadKey, ctx: ReqContext) -> LookupResult:
         """See ``OffloadingManager``."""
-        chunk = self._chunks.get(key)
-        if chunk is None or not ctx.may_load_from(MEDIUM):
-            return LookupResult.MISS
-        return LookupResult.HIT if chunk.readable else LookupResult.HIT_PENDING
+        return self._answers[self._index.lookup(key)] if ctx.may_load_from(MEDIUM) else LookupResult.MISS
+
+    def lookup_prefix(self, keys: Sequence[OffloadKey], ctx: ReqContext) -> PrefixLookup:
+        """See ``OffloadingManager``."""
+        return _to_lookup(*self._index.lookup_prefix(keys)) if ctx.may_load_from(MEDIUM) else PrefixLookup(0)
+
+    def lookup_suffix(self, keys: Sequence[OffloadKey], ctx: ReqContext) -> PrefixLookup:
+        """See ``OffloadingManager``."""
+        return _to_lookup(*self._index.lookup_suffix(keys)) if ctx.may_load_from(MEDIUM) else PrefixLookup(0)
+
+    def on_new_request(self, ctx: ReqContext) -> OffloadPolicy:
+        """See ``OffloadingManager``."""
+        self._index.begin_request(ctx.req_id)
+        return OffloadPolicy.CHUNK_LEVEL
+
+    def on_request_finished(self, ctx: ReqContext) -> None:
+        """See ``OffloadingManager``. Only now the chunks it asked for count as used, the first key last."""
+        self._index.end_request(ctx.req_id)
 
     def prepare_load(self, keys: Collection[OffloadKey], ctx: ReqContext) -> HostSlots:
         """See ``OffloadingManager``."""
-        chunks = [self._chunks[key] for key in keys]
-        assert all(chunk.readable for chunk in chunks), "only chunks that answered HIT can be loaded"
-        for chunk in chunks:
-            if chunk.uses == 0:
-                self._order.begin_use(chunk)
-            chunk.uses += 1
-        return HostSlots(tuple(chunk.slot for chunk in chunks))
+        return HostSlots(*self._index.prepare_load(ctx.req_id, keys), self._slot_bytes)
 
     def complete_load(self, keys: Collection[OffloadKey], ctx: ReqContext, *, success: bool = True) -> None:
         """See ``OffloadingManager``."""
-        lost = [key for key in keys if key in self._chunks and not success]
-        for key in lost:
-            self._forget(key)
-        for key in reversed(list(keys)):
-            self._end_use(key)
-        self._emit(lost, removed=True)
+        self._emit(self._index.complete_load(keys, success), removed=True)
 
     def prepare_store(self, keys: Collection[OffloadKey], ctx: ReqContext) -> PrepareStoreOutput | None:
         """See ``OffloadingManager``."""
-        wanted = dict.fromkeys(keys)
-        if any(key in self._quarantine for key in wanted):
+        accepted, some, offsets, epochs, evicted = self._index.prepare_store(ctx.req_id, keys)
+        self._emit(evicted, removed=True)
+        if not accepted:
             return None
-        held = [key for key in wanted if key in self._chunks and self._chunks[key].readable]
-        self.prepare_load(held, ctx)
-        try:
-            return self._store_new(tuple(key for key in wanted if key not in self._chunks))
-        finally:
-            self.complete_load(held, ctx)
+        # Nearly always all are stored, and then runs are handed on without making keys of them.
+        whole = keys if isinstance(keys, KeyRun | KeyRuns) else tuple(keys)
+        to_store = whole if some is None else some
+        return PrepareStoreOutput(to_store, HostSlots(offsets, epochs, self._slot_bytes), evicted)
 
     def complete_store(self, keys: Collection[OffloadKey], ctx: ReqContext, *, success: bool = True) -> None:
         """See ``OffloadingManager``."""
-        landed = [key for key in keys if key in self._chunks]
-        for key in reversed(list(keys)):
-            if success and key in self._chunks:
-                self._chunks[key].readable = True
-            elif not success:
-                self._forget(key)
-            self._end_use(key)
-        if success:
-            self._emit(landed, removed=False)
+        landed = self._index.complete_store(keys, success, self._events is not None)
+        self._emit(landed, removed=False)
 
     def touch(self, keys: Collection[OffloadKey], ctx: ReqContext) -> None:
         """See ``OffloadingManager``."""
-        for key in reversed(list(keys)):
-            chunk = self._chunks.get(key)
-            if chunk is not None and chunk.uses == 0:
-                self._order.touch(chunk)
+        self._index.touch(keys)
 
     def reset_cache(self) -> None:
         """See ``OffloadingManager``."""
-        readable = [chunk.key for chunk in self._chunks.values() if chunk.readable]
-        for key in list(self._chunks):
-            self._forget(key)
-        self._emit(readable, removed=True)
+        self._emit(self._index.reset(), removed=True)
 
     def take_events(self) -> Sequence[OffloadingEvent]:
         """See ``OffloadingManager``; empty unless the manager was made with events."""
@@ -144,100 +175,33 @@ class HostOffloadingManager(OffloadingManager):
 
     def get_stats(self) -> HostManagerStats:
         """See ``OffloadingManager``."""
+        counts = self._index.counts
         return HostManagerStats(
-            num_chunks=len(self._chunks),
-            num_busy=self._order.num_busy,
-            num_quarantined=len(self._quarantine),
-            num_evicted=self._num_evicted,
+            num_chunks=counts.num_chunks,
+            num_busy=counts.num_in_use,
+            num_quarantined=counts.num_forgotten,
+            num_evicted=counts.num_evicted,
+            num_below_threshold=counts.num_below_threshold,
             used_bytes=self._pool.used_bytes,
             capacity_bytes=self._pool.capacity_bytes,
         )
 
     def leaks(self) -> Sequence[str]:
         """See ``OffloadingManager``."""
-        owned = (*self._chunks.values(), *self._quarantine.values())
         return [
-            f"chunk {chunk.key.hex()} of group {get_offload_group(chunk.key)} has {chunk.uses} uses"
-            for chunk in owned
-            if chunk.uses
+            f"chunk {key.hex()} of group {get_offload_group(key)} has {uses} uses"
+            for key, uses in self._index.in_use()
         ]
 
     def shutdown(self) -> None:
         """See ``OffloadingManager``. Jobs must have ended: slots still in use are freed as well."""
-        if self._pool.closed:
-            self._chunks.clear()
-            self._quarantine.clear()
-            return
         self.reset_cache()
-        for chunk in self._quarantine.values():
-            self._free(chunk)
-        self._quarantine.clear()
+        self._index.abandon()
 
-    def _store_new(self, keys: tuple[OffloadKey, ...]) -> PrepareStoreOutput | None:
-        lacking = self._add_where_free(keys)
-        victims = self._order.plan_room([self._size_of(key) for key in lacking], self._slots_per_slab)
-        if victims is not None:
-            self._evict(victims)
-            lacking = self._add_where_free(lacking)
-        # A slot that somebody still views does not come back when it is freed, so this can fail once more.
-        if lacking:
-            for key in keys:
-                chunk = self._chunks.pop(key, None)
-                if chunk is not None:
-                    self._free(chunk)
-            return None
-        evicted = tuple(victim.key for victim in victims or ())
-        return PrepareStoreOutput(keys, HostSlots(tuple(self._chunks[key].slot for key in keys)), evicted)
-
-    def _evict(self, victims: Sequence[Chunk]) -> None:
-        for victim in victims:
-            self._forget(victim.key)
-        self._num_evicted += len(victims)
-        self._emit([victim.key for victim in victims], removed=True)
-
-    def _add_where_free(self, keys: Sequence[OffloadKey]) -> list[OffloadKey]:
-        """Give slots to those keys for which the pool has one free; answers the others."""
-        full: set[int] = set()
-        lacking: list[OffloadKey] = []
-        for key in keys:
-            size = self._size_of(key)
-            slot = self._pool.try_reserve(size) if size not in full else None
-            if slot is None:
-                full.add(size)
-                lacking.append(key)
-            else:
-                self._chunks[key] = Chunk(key, slot, size, self._pool.slab_of(slot))
-                self._order.add(self._chunks[key])
-        return lacking
-
-    def _size_of(self, key: OffloadKey) -> int:
-        return self._slot_bytes[get_offload_group(key)]
-
-    def _forget(self, key: OffloadKey) -> None:
-        """Take a chunk out of the index; its slot comes back when nobody uses it."""
-        chunk = self._chunks.pop(key, None)
-        if chunk is None:
-            return
-        if chunk.uses:
-            self._quarantine[key] = chunk
-        else:
-            self._free(chunk)
-
-    def _end_use(self, key: OffloadKey) -> None:
-        chunk = self._chunks.get(key) or self._quarantine[key]
-        if chunk.uses > 1:
-            chunk.uses -= 1
-        elif key in self._chunks:
-            chunk.uses = 0
-            self._order.end_use(chunk)
-        else:
-            del self._quarantine[key]
-            self._free(chunk)
-
-    def _free(self, chunk: Chunk) -> None:
-        self._order.remove(chunk)
-        self._pool.free(chunk.slot)
-
-    def _emit(self, keys: Collection[OffloadKey], *, removed: bool) -> None:
+    def _emit(self, keys: Sequence[OffloadKey], *, removed: bool) -> None:
         if self._events is not None and keys:
             self._events.append(OffloadingEvent(tuple(keys), MEDIUM, removed))
+
+
+def _to_lookup(num_found: int, readable: bool) -> PrefixLookup:
+    return PrefixLookup(num_found, LookupResult.HIT if readable else LookupResult.HIT_PENDING)

@@ -12,7 +12,7 @@ from jaxkv.errors import JaxKVError
 from jaxkv.keys import JobId
 from jaxkv.offload.base import DeviceBlocks, JobResult, OffloadingWorker, TransferJob
 from jaxkv.offload.host_manager import HostSlots
-from jaxkv.offload.slots import Slot
+from jaxkv.slots import Slots
 from jaxkv.transfer import BlockTransfer
 from jaxkv.transfer.ticket import Ticket
 
@@ -102,10 +102,10 @@ class HostOffloadingWorker(OffloadingWorker):
         self.wait(tuple(self._running))
         self._running.clear()
 
-    def _by_group(self, job: TransferJob) -> Iterator[tuple[DeviceBlocks, tuple[Slot, ...]]]:
+    def _by_group(self, job: TransferJob) -> Iterator[tuple[DeviceBlocks, Slots]]:
         assert isinstance(job.spec, HostSlots)
         first = 0
         for blocks in job.blocks:
             end = first + len(blocks.block_ids) // self._blocks_per_chunk
-            yield blocks, job.spec.slots[first:end]
+            yield blocks, job.spec.of_group(blocks.group, first, end)
             first = end

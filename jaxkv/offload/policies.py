@@ -1,85 +1,71 @@
-"""Which chunk goes first when room is needed. Orders keys; knows neither slots nor requests."""
+"""Which chunk goes first when room is needed: the names of policies, and the interface to bring one's own."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from typing import final
 
 from jaxkv.errors import ConfigError
 from jaxkv.keys import OffloadKey
 
 
 class CachePolicy(ABC):
-    """The evictable chunks of one slot size, in the order in which they are given up.
+    """The chunks of one slot size, in the order in which they are given up.
 
-    A chunk that is being stored or loaded is not in the policy: it is added when its last use ends, which
-    counts as a use, and removed when the next one begins. Every method takes constant time.
+    It is made with the number of slots of its size that the pool could hold. It hears of a chunk from when it
+    gets its slot until it is removed, whether a job uses it or not: what is in use is skipped among the
+    victims. Keys of one call come last token first, so that the head of a prefix is heard of last.
+
+    The methods are called from within the manager's and must not call it. What they raise is raised by the
+    manager, which forgets the chunks it was about to store.
     """
 
     @abstractmethod
-    def add(self, key: OffloadKey) -> None:
-        """A chunk became evictable."""
+    def __init__(self, num_slots: int) -> None: ...
 
     @abstractmethod
-    def remove(self, key: OffloadKey) -> None:
-        """A chunk is evictable no longer: in use again, evicted or forgotten."""
+    def insert(self, key: OffloadKey) -> None:
+        """A chunk got its slot and is being written."""
 
     @abstractmethod
-    def touch(self, key: OffloadKey) -> None:
-        """An evictable chunk was of use to a request."""
+    def remove(self, key: OffloadKey, *, evicted: bool) -> None:
+        """A chunk is there no more: it was given up for another (``evicted``), lost, or never written."""
 
     @abstractmethod
-    def __iter__(self) -> Iterator[OffloadKey]:
-        """Evictable keys, the next one to give up first. Not to be changed while it runs."""
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Number of evictable chunks."""
-
-
-@final
-class LRUPolicy(CachePolicy):
-    """Gives up the least recently used chunk first."""
-
-    def __init__(self) -> None:
-        self._keys: OrderedDict[OffloadKey, None] = OrderedDict()
-
-    def add(self, key: OffloadKey) -> None:
-        """See ``CachePolicy``."""
-        self._keys[key] = None
-
-    def remove(self, key: OffloadKey) -> None:
-        """See ``CachePolicy``."""
-        del self._keys[key]
+    def victims(self) -> Iterator[OffloadKey]:
+        """Every chunk once, the first to give up first; read as far as needed, before anything changes."""
 
     def touch(self, key: OffloadKey) -> None:
-        """See ``CachePolicy``."""
-        self._keys.move_to_end(key)
+        """A chunk was of use."""
 
-    def __iter__(self) -> Iterator[OffloadKey]:
-        return iter(self._keys)
+    def end_request(self, key: OffloadKey, *, inserted: bool, reused: bool) -> None:  # noqa: ARG002
+        """A request ended that had asked for this chunk.
 
-    def __len__(self) -> int:
-        return len(self._keys)
+        It had found it readable (``reused``), or stored it and read nothing but that (``inserted``), or
+        neither. The default takes each for a use.
+        """
+        self.touch(key)
 
-
-MakePolicy = Callable[[], CachePolicy]
-"""Makes an empty policy; called once for each slot size."""
-
-_POLICIES: dict[str, MakePolicy] = {"lru": LRUPolicy}
+    def miss_store(self, key: OffloadKey) -> None:
+        """A request stores a chunk that is not there; told once for each request and key."""
 
 
-def find_policy(name: str) -> MakePolicy:
-    """The policy called ``name``: ``"lru"``, or the dotted path of a ``CachePolicy`` without arguments.
+MakePolicy = Callable[[int], CachePolicy]
+"""Makes an empty policy for a number of slots; called once for each slot size."""
+
+_COMPILED = ("arc", "lru")
+
+
+def find_policy(name: str) -> str | MakePolicy:
+    """The policy called ``name``: ``"lru"`` and ``"arc"`` are compiled and stay names, a dotted path is that
+    of a ``CachePolicy``.
 
     Raises ``ConfigError`` for a name that is neither.
     """
-    if name in _POLICIES:
-        return _POLICIES[name]
-    found = load_class(name, CachePolicy, f"eviction policy: one of {sorted(_POLICIES)}")
+    if name in _COMPILED:
+        return name
+    found = load_class(name, CachePolicy, f"eviction policy: one of {sorted(_COMPILED)}")
     return found  # noqa: RET504
 
 

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-Slot = Any
-"""Room for one chunk in a pool. Only the pool and the transfer look inside."""
+if TYPE_CHECKING:
+    from jaxkv._native import SlotPool as NativeSlotPool
 
 
 class SlotPool(Protocol):
     """Equal slabs, each cut into slots of one size at a time; an empty slab may serve another size."""
-
-    @property
-    def closed(self) -> bool:
-        """Whether the pool can no longer be used."""
-
-    @property
-    def num_slabs(self) -> int:
-        """Number of slabs."""
 
     @property
     def capacity_bytes(self) -> int:
@@ -28,17 +20,13 @@ class SlotPool(Protocol):
     def used_bytes(self) -> int:
         """Bytes of the slots in use."""
 
+    @property
+    def closed(self) -> bool:
+        """Whether the pool can no longer be used."""
+
+    @property
+    def slot_pool(self) -> NativeSlotPool:
+        """Which slots are in use, for compiled code that reserves and frees by itself."""
+
     def fit_slabs(self, slot_sizes: Iterable[int]) -> None:
         """Learn which slot sizes will be asked for. Raises ``ConfigError`` for one that does not fit."""
-
-    def max_slots(self, slot_bytes: int) -> int:
-        """Slots of this size that an empty pool holds."""
-
-    def try_reserve(self, slot_bytes: int) -> Slot | None:
-        """A free slot, or ``None``."""
-
-    def free(self, slot: Slot) -> None:
-        """Give one slot back."""
-
-    def slab_of(self, slot: Slot) -> int:
-        """Index of the slab a slot lies in."""

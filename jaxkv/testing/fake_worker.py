@@ -49,7 +49,7 @@ class FakeWorker(OffloadingWorker):
     def __init__(self, config: KVCacheConfig, blocks_per_chunk: int = 1) -> None:
         self.delayed = False
         self.fail: Fail = lambda _: None
-        self.medium: dict[Any, Pages] = {}
+        self.medium: dict[tuple[int, int], Pages] = {}
         self._config = config
         self._blocks_per_chunk = blocks_per_chunk
         self._jobs: dict[JobId, _Delayed] = {}
@@ -141,9 +141,10 @@ class FakeWorker(OffloadingWorker):
         return [(group, block, page) for (group, block), page in zip(blocks, flat, strict=True) if block >= 0]
 
 
-def _slots(job: TransferJob) -> tuple[Any, ...]:
+def _slots(job: TransferJob) -> list[tuple[int, int]]:
+    """Offset and epoch of each slot of a job."""
     assert isinstance(job.spec, HostSlots)
-    return job.spec.slots
+    return list(zip(job.spec.offsets.tolist(), job.spec.epochs.tolist(), strict=True))
 
 
 @final

@@ -1,0 +1,120 @@
+#include "key_reader.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+namespace nb = nanobind;
+
+namespace jaxkv {
+namespace {
+
+constexpr size_t kAhead = 8;
+
+// `bytes` and, if there is one, the end of the key that follows them.
+void MakeKey(PyObject* bytes, const uint8_t* end, OffloadKey* key) {
+  if (!PyBytes_Check(bytes)) {
+    PyErr_Format(PyExc_TypeError, "keys and block hashes are bytes, got %R", Py_TYPE(bytes));
+    throw nb::python_error();
+  }
+  const auto length = static_cast<size_t>(PyBytes_GET_SIZE(bytes));
+  const size_t size = length + (end != nullptr ? OffloadKey::kGroupBytes : 0);
+  if (size > OffloadKey::kMaxBytes || size < OffloadKey::kGroupBytes) {
+    PyErr_Format(PyExc_ValueError, "a key has %zu to %zu bytes, the last %zu of them for its group; got %zu",
+                 OffloadKey::kGroupBytes, OffloadKey::kMaxBytes, OffloadKey::kGroupBytes, size);
+    throw nb::python_error();
+  }
+  std::memset(key, 0, sizeof(*key));
+  std::memcpy(key->bytes, PyBytes_AS_STRING(bytes), length);
+  if (end != nullptr) std::memcpy(key->bytes + length, end, OffloadKey::kGroupBytes);
+  key->size = static_cast<uint8_t>(size);
+}
+
+int64_t IntAttribute(nb::handle object, const char* name) { return nb::cast<int64_t>(object.attr(name)); }
+
+}  // namespace
+
+KeyTypes KeyTypes::Import() {
+  const nb::module_ keys = nb::module_::import_("jaxkv.keys");
+  return {keys.attr("KeyRun"), keys.attr("KeyRuns")};
+}
+
+nb::bytes ToPython(const OffloadKey& key) { return nb::bytes(key.bytes, key.size); }
+
+OffloadKey KeyFromPython(nb::handle key) {
+  OffloadKey read;
+  MakeKey(key.ptr(), nullptr, &read);
+  return read;
+}
+
+KeyReader::KeyReader(nb::handle keys, const KeyTypes& types) {
+  if (keys.type().is(types.key_run)) {
+    AddRun(keys);
+  } else if (keys.type().is(types.key_runs)) {
+    for (nb::handle run : nb::tuple(keys.attr("runs"))) AddRun(run);
+  } else {
+    nb::object items = nb::steal(PySequence_Fast(keys.ptr(), "expected a collection of keys"));
+    if (!items.is_valid()) throw nb::python_error();
+    size_ = static_cast<size_t>(PySequence_Fast_GET_SIZE(items.ptr()));
+    parts_.push_back({std::move(items), 0, 1, size_, false, {}});
+  }
+}
+
+void KeyReader::AddRun(nb::handle run) {
+  const nb::object hashes = run.attr("hashes");
+  const auto group = nb::cast<uint32_t>(run.attr("group"));
+  Part part{run.attr("block_hashes"),
+            IntAttribute(hashes, "start"),
+            IntAttribute(hashes, "step"),
+            nb::len(hashes),
+            true,
+            {}};
+  const int64_t stop = IntAttribute(hashes, "stop");
+  if (part.first < 0 || std::max(part.first, stop) > std::numeric_limits<Position>::max()) {
+    throw nb::index_error("a run of keys lies outside its block hashes");
+  }
+  if (!PyList_Check(part.items.ptr()) && !PyTuple_Check(part.items.ptr())) {
+    part.items = nb::steal(PySequence_Fast(part.items.ptr(), "expected a sequence of block hashes"));
+    if (!part.items.is_valid()) throw nb::python_error();
+  }
+  for (size_t i = 0; i < OffloadKey::kGroupBytes; ++i) {
+    part.group_bytes[i] = static_cast<uint8_t>(group >> 8 * (OffloadKey::kGroupBytes - 1 - i));
+  }
+  size_ += part.count;
+  parts_.push_back(std::move(part));
+}
+
+void KeyReader::Read(size_t first, size_t n, OffloadKey* keys, Position* positions) const {
+  for (const Part& part : parts_) {
+    if (first >= part.count) {
+      first -= part.count;
+      continue;
+    }
+    const size_t count = std::min(n, part.count - first);
+    ReadPart(part, first, count, keys, positions);
+    first = 0;
+    n -= count;
+    keys += count;
+    positions += count;
+    if (n == 0) return;
+  }
+}
+
+void KeyReader::ReadPart(const Part& part, size_t first, size_t n, OffloadKey* keys, Position* positions) {
+  PyObject* items = part.items.ptr();
+  PyObject** objects = PySequence_Fast_ITEMS(items);
+  // A list may have become shorter since the run was made.
+  const int64_t num_items = PySequence_Fast_GET_SIZE(items);
+  int64_t at = part.first + static_cast<int64_t>(first) * part.step;
+  const int64_t last = at + (static_cast<int64_t>(n) - 1) * part.step;
+  if (n != 0 && (std::max(at, last) >= num_items || std::min(at, last) < 0)) {
+    throw nb::index_error("a run of keys lies outside its block hashes");
+  }
+  for (size_t i = 0; i < n; ++i, at += part.step) {
+    if (i + kAhead < n) Prefetch(objects[at + static_cast<int64_t>(kAhead) * part.step]);
+    MakeKey(objects[at], part.is_run ? part.group_bytes : nullptr, &keys[i]);
+    positions[i] = part.is_run ? static_cast<Position>(at) : kNoPosition;
+  }
+}
+
+}  // namespace jaxkv
