@@ -324,12 +324,15 @@ class Loop:
 
     def forward(self, request: LoopRequest, count: int) -> None:
         start, end = request.num_computed_tokens, request.num_computed_tokens + count
-        for index, group in enumerate(self.config.groups):
-            self.check_reads(request, group, request.tables[index], start)
-            self.write(request, group, request.tables[index], range(start, end))
+        self.compute_tokens(request, start, end)
         request.num_computed_tokens = end
         if end == request.num_tokens:
             self.sample(request)
+
+    def compute_tokens(self, request: LoopRequest, start: int, end: int) -> None:
+        for index, group in enumerate(self.config.groups):
+            self.check_reads(request, group, request.tables[index], start)
+            self.write(request, group, request.tables[index], range(start, end))
 
     def sample(self, request: LoopRequest) -> None:
         request.tokens.append(value_of(tuple(request.tokens)) % 1000)
@@ -340,7 +343,7 @@ class Loop:
         size = group.block_size
         for layer in group.layer_names:
             if isinstance(group.spec, MambaSpec):
-                state = value_of(tuple(request.tokens[: places.stop]))
+                state = self.content(request, group, places.stop - 1)
                 self.caches[layer][table[(places.stop - 1) // size]] = [state, places.stop]
                 continue
             for place in places:
@@ -359,7 +362,7 @@ class Loop:
             cache = self.caches[layer]
             if isinstance(group.spec, MambaSpec):
                 found = cache[table[(start - 1) // size]].tolist()
-                assert found == [value_of(tuple(request.tokens[:start])), start], (layer, start)
+                assert found == [self.content(request, group, start - 1), start], (layer, start)
                 continue
             for place in read_places(group.spec, start):
                 found = cache[table[place // size], place % size]

@@ -51,6 +51,19 @@ def crowd(loop: Loop, tag: int) -> None:
                 manager.complete_store(output.keys_to_store, CTX, success=False)
 
 
+def preempt_in_step(loop: Loop, request: LoopRequest) -> None:
+    """Make a step before whose scheduling a request loses its blocks."""
+    schedule = loop.schedule
+
+    def preempt_and_schedule():
+        loop.preempt(request)
+        return schedule()
+
+    loop.schedule = preempt_and_schedule
+    loop.step()
+    loop.schedule = schedule
+
+
 def note_loads(loop: Loop, group: int) -> list[list[int]]:
     """A list that grows with every load: the blocks it writes in a group, -1 where nothing is moved."""
     noted, submit = [], loop.worker.submit_load

@@ -3,7 +3,7 @@
 import pytest
 from connector_loop import STATE_BLOCK, Loop, expected_output
 from loop_model import make_config
-from loop_tools import held, skipped
+from loop_tools import held, preempt_in_step, skipped
 
 PROMPT = list(range(100, 150))
 OTHER = list(range(500, 550))
@@ -48,15 +48,8 @@ def test_invariant_04_blocks_of_a_preempted_request_are_stored_before_another_wr
     other = loop.add("other", OTHER[:8], 12)
     first = loop.add("first", PROMPT[:25], 3)
     loop.step()
-    before, schedule = blocks_of(first), loop.schedule
-
-    def preempt_and_schedule():
-        loop.preempt(first)
-        return schedule()
-
-    loop.schedule = preempt_and_schedule
-    loop.step()
-    loop.schedule = schedule
+    before = blocks_of(first)
+    preempt_in_step(loop, first)
     assert share_blocks(before, blocks_of(other)), "the blocks were taken while their store was planned"
     loop.run()
     assert first.host_hits == [24]
