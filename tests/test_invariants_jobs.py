@@ -148,6 +148,25 @@ def test_invariant_08_completions_from_before_a_reset_make_nothing_loadable():
     loop.close()
 
 
+@pytest.mark.parametrize("in_step", [False, True])
+def test_invariant_08_what_was_computed_before_a_reset_is_not_stored_after_it(in_step):
+    """Weights may have changed: neither what is due is stored, nor what a running step computes."""
+    loop = Loop(max_step_tokens=8)
+    first = loop.add("first", PROMPT[:30])
+    loop.step()
+    loop.step()
+    if in_step:
+        compute, loop.compute = loop.compute, lambda output: (compute(output), loop.connector.reset_cache())
+        loop.step()
+        loop.compute = compute
+    else:
+        loop.connector.reset_cache()
+    loop.run()
+    ends = [held(loop, first, group) for group in range(3)]
+    assert ends == ([{28}, {28}, set()] if in_step else [{20, 24, 28}, {20, 24, 28}, {24}])
+    loop.close()
+
+
 def test_invariant_08_slots_being_written_are_given_to_nobody_after_a_reset():
     """The pool is reset while it is written: until the writes have ended its slots stay where they are."""
     loop = Loop(pool_bytes=32 * 512, slab_bytes=4 * 512)
@@ -250,6 +269,16 @@ def reset(loop):
     loop.connector.reset_cache()
 
 
+def unsent(loop):
+    loop.add("second", PROMPT)
+    loop.schedule()
+
+
+def promised(loop):
+    loop.waiting.remove(second := loop.add("second", PROMPT))
+    assert loop.connector.get_num_new_matched_tokens(second, 0) == (48, True)
+
+
 STAGES = [
     abort_waiting,
     abort_promised,
@@ -281,7 +310,7 @@ def test_invariant_13_nothing_is_left_after(end):
     loop.close()
 
 
-@pytest.mark.parametrize("end", STAGES)
+@pytest.mark.parametrize("end", [*STAGES, promised, unsent])
 def test_invariant_13_nothing_is_left_after_a_shutdown_in_the_middle_of(end):
     loop = Loop()
     loop.serve("first", PROMPT)
