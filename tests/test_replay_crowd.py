@@ -28,6 +28,7 @@ def stored(crowd: Crowd) -> int:
 
 def test_a_sixteenth_of_the_crowd_stores_a_chunk_in_each_group_at_every_step(crowd):
     crowd.enter(32, CONTEXT)
+    crowd.align(1)
     crowd.spread()
     crowd.decode()
     before, evicted = stored(crowd), crowd.pool.connector.get_stats().evicted_chunks

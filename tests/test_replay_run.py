@@ -99,24 +99,39 @@ def test_a_larger_pool_of_full_attention_serves_more_until_it_holds_everything()
     assert results[-1].optimal_hit_rate == results[-1].highest_hit_rate
 
 
+def test_a_device_that_holds_everything_leaves_nothing_for_the_host():
+    deployment = Deployment(model="llama-like", **{**ROOMY, "device_bytes": 16 << 30})
+    result = replay(TRACE, deployment)
+    assert (result.device_tokens, result.host_tokens) == (sum(most_reusable(TRACE)), 0)
+    assert (result.optimal_host_tokens, result.device_evictions) == (0, 0)
+
+
 def test_prompt_only_stores_no_replies():
     both = replay(TRACE, Deployment(**ROOMY))
     prompts = replay(TRACE, Deployment(**ROOMY, offload_prompt_only=True))
     assert prompts.groups[0].stored_chunks < both.groups[0].stored_chunks
     assert prompts.host_tokens <= prompts.optimal_host_tokens
+    assert prompts.device_tokens + prompts.reusable_tokens < both.device_tokens + both.reusable_tokens
+
+
+@pytest.mark.parametrize(("output_tokens", "blocks"), [(12, 6), (13, 7), (29, 8)])
+def test_all_but_the_last_generated_token_is_computed_and_stored(output_tokens, blocks):
+    request = TraceRequest("a", 0.0, (Segment(0, 100),), Segment(1, output_tokens))
+    result = replay([request], Deployment(model="llama-like", **ROOMY))
+    assert result.groups[0].stored_chunks == blocks
 
 
 def test_a_recurrent_model_reuses_states_where_steps_ended():
     """Snapshots lie 1,024 tokens apart, in prompts and replies, and at the last link of each prompt."""
     shared = Segment(0, 2500)
     requests = [
-        TraceRequest("a", 0.0, (shared,), Segment(1, 700)),
+        TraceRequest("a", 0.0, (shared,), Segment(1, 1700)),
         TraceRequest("b", 1.0, (shared, Segment(1, 700), Segment(2, 100)), Segment(3, 10)),
         TraceRequest("c", 2.0, (shared, Segment(4, 100)), Segment(5, 10)),
     ]
     deployment = Deployment(model="bamba-like", **{**ROOMY, "device_bytes": 4 << 30})
-    config = deployment.cache_config(4096)
-    with ReplayLoop(config, deployment.offloading(), max_tokens=4096, prefill_tokens=4096) as loop:
+    config = deployment.cache_config(8192)
+    with ReplayLoop(config, deployment.offloading(), max_tokens=8192, prefill_tokens=4096) as loop:
         served = [loop.serve(request) for request in requests]
     assert [one.device_tokens + one.host_tokens for one in served] == [0, 3072, 2496]
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
-from itertools import combinations, pairwise
+from itertools import chain, pairwise, product
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from jaxkv.errors import ConfigError
 from jaxkv.keys import BlockHash
@@ -100,22 +98,19 @@ def test_parameters_that_cannot_work_are_named_errors(wrong):
 
 # -- hashes -------------------------------------------------------------------------------------------------
 
-prompts = st.lists(st.builds(Segment, st.integers(0, 2), st.integers(1, 9)), max_size=5)
 
-
-@given(st.lists(prompts, min_size=2, max_size=5), st.integers(1, 5))
-def test_hashes_are_equal_exactly_where_prefixes_are(segment_lists, tokens_per_hash):
-    def tokens(segments):
-        return [(one.stream, at) for one in segments for at in range(one.num_tokens)]
-
-    for a, b in combinations(segment_lists, 2):
-        tokens_a, tokens_b = tokens(a), tokens(b)
-        hashes_a, hashes_b = chain_hashes(a, tokens_per_hash, ROOT), chain_hashes(b, tokens_per_hash, ROOT)
-        assert len(hashes_a) == len(tokens_a) // tokens_per_hash
-        for i, hash_a in enumerate(hashes_a):
-            for j, hash_b in enumerate(hashes_b):
-                end_a, end_b = (i + 1) * tokens_per_hash, (j + 1) * tokens_per_hash
-                assert (hash_a == hash_b) == (tokens_a[:end_a] == tokens_b[:end_b])
+@pytest.mark.parametrize("tokens_per_hash", [1, 2, 3, 4])
+def test_hashes_are_equal_exactly_where_prefixes_are(tokens_per_hash):
+    """All sequences of up to four segments of two streams: a hash for each prefix, a prefix for each hash."""
+    pieces = [Segment(stream, length) for stream in (0, 1) for length in (1, 2, 5)]
+    hash_of: dict[tuple[tuple[int, int], ...], bytes] = {}
+    for segments in chain.from_iterable(product(pieces, repeat=number) for number in range(5)):
+        tokens = tuple((one.stream, at) for one in segments for at in range(one.num_tokens))
+        hashes = chain_hashes(segments, tokens_per_hash, ROOT)
+        assert len(hashes) == len(tokens) // tokens_per_hash
+        for number, block_hash in enumerate(hashes, 1):
+            assert hash_of.setdefault(tokens[: number * tokens_per_hash], block_hash) == block_hash
+    assert len(set(hash_of.values())) == len(hash_of)
 
 
 def test_chains_of_another_root_share_nothing():
