@@ -381,3 +381,10 @@ def test_job_names_no_group_of_which_it_moves_nothing():
     ids = np.array([3, 4], np.int32)
     (blocks,) = device_blocks([(FULL, ids), (WINDOW, ids[:0])])
     assert (blocks.group, blocks.block_ids.tolist()) == (FULL, [3, 4])
+
+
+def test_states_handed_over_behind_the_limit_are_not_stored():
+    handed = {(STATE, 8): 90, (STATE, 16): 91}
+    tables = [[1] * 4, [2] * 4, [None, None]]
+    plan = plan_stores(CACHES, view(tables, 0, 16, limit=8, next_chunk=(4, 4, 0), handed_states=handed))
+    assert stored(plan) == {(STATE, 0): (90,)}

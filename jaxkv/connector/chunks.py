@@ -113,11 +113,11 @@ class ChunkedCaches:
 def _reads_whole_blocks(spec: LayerSpec) -> bool:
     """Whether the token behind a block reads something of it, wherever the block lies."""
     match spec:
-        case FullAttentionSpec() | MLAAttentionSpec():
+        case FullAttentionSpec() | MLAAttentionSpec() | MambaSpec():
             return True
         case SlidingWindowSpec(sliding_window=window):
             return window > 1
-        case ChunkedLocalAttentionSpec() | MambaSpec():
+        case ChunkedLocalAttentionSpec():
             return False
         case _:
             assert_never(spec)

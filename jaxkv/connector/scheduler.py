@@ -209,7 +209,8 @@ class OffloadingScheduler:
                     f"boundaries are multiples of {self._caches.tokens_per_hash}"
                 )
             tenure.handed_states[group, boundary] = block
-            if boundary % self._caches.tokens_per_chunk(group):
+            is_wanted = tenure.limit_tokens is None or boundary <= tenure.limit_tokens
+            if is_wanted and boundary % self._caches.tokens_per_chunk(group):
                 tenure.tail_tokens = boundary
             self._due[tenure] = None
 

@@ -99,14 +99,15 @@ class _Planning:
         self._tenure = tenure
         self._boundaries = tenure.boundaries
         self._plan = StorePlan()
+        self._horizon = min(tenure.complete_tokens, caches.hashed_tokens(tenure.request.block_hashes))
+        if tenure.limit_tokens is not None:
+            self._horizon = min(self._horizon, tenure.limit_tokens)
 
     def run(self) -> StorePlan:
         caches, tenure, plan = self._caches, self._tenure, self._plan
-        horizon = min(tenure.complete_tokens, caches.hashed_tokens(tenure.request.block_hashes))
-        if tenure.limit_tokens is not None:
-            horizon = min(horizon, tenure.limit_tokens)
-        tail = self._plan_tail(tenure.tail_tokens, horizon) if tenure.tail_tokens is not None else {}
-        last = self._last_boundary(horizon) if tenure.has_ended else None
+        horizon = self._horizon
+        tail = self._plan_tail(tenure.tail_tokens) if tenure.tail_tokens is not None else {}
+        last = self._last_boundary() if tenure.has_ended else None
         for index, first in enumerate(tenure.next_chunk):
             group = GroupId(index)
             if last is not None:
@@ -137,8 +138,11 @@ class _Planning:
         """Those of ``chunks``, and of those handed over, at whose end a recurrent state is on the device."""
         tenure, size = self._tenure, self._caches.tokens_per_chunk(group)
         ends = {end for end in (tenure.previous_tokens, tenure.complete_tokens) if end // size - 1 in chunks}
-        ends |= {end for owner, end in tenure.handed_states if owner == group}
-        return [end // size - 1 for end in sorted(ends) if end and end % size == 0]
+        ends |= {end for owner, end in tenure.handed_states if owner == group and end <= self._horizon}
+        standing = [end // size - 1 for end in sorted(ends) if end and end % size == 0]
+        if len(standing) == 1 and not tenure.handed_states:
+            return range(standing[0], standing[0] + 1)
+        return standing
 
     def _not_given_back(self, group: GroupId, chunks: range) -> Sequence[int]:
         """Chunks less those of which every block went back before the last step."""
@@ -207,11 +211,11 @@ class _Planning:
                 return SkipReason.RELEASED
         return None
 
-    def _plan_tail(self, end_tokens: int, horizon: int) -> Mapping[GroupId, ChunkSpan]:
+    def _plan_tail(self, end_tokens: int) -> Mapping[GroupId, ChunkSpan]:
         """The chunks that the tail cuts, by group: all of them, or none if one cannot be read any more."""
         caches = self._caches
         groups = [GroupId(group) for group in range(caches.num_groups)]
-        if any(caches.named_at_tokens(group, end_tokens) > horizon for group in groups):
+        if any(caches.named_at_tokens(group, end_tokens) > self._horizon for group in groups):
             self._plan.tail_tokens = end_tokens
             return {}
         hashes = self._tenure.request.block_hashes
@@ -223,12 +227,12 @@ class _Planning:
             self._skip(group, reason, 1)
         return {} if lost else spans
 
-    def _last_boundary(self, horizon: int) -> int | None:
+    def _last_boundary(self) -> int | None:
         """Where the request ended, if chunks are needed there that no other boundary needs.
 
         From now on it counts as a boundary.
         """
-        last = horizon - horizon % self._caches.alignment_tokens
+        last = self._horizon - self._horizon % self._caches.alignment_tokens
         retention, points = self._boundaries.retention, self._boundaries.points
         if last == 0 or last in points or retention.next_boundary(last) == last:
             return None
