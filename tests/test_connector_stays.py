@@ -61,3 +61,23 @@ def test_step_that_was_not_reported_costs_chunks_and_no_bytes(kinds):
     for end in range(5, len(PROMPT), 4):
         loop.serve(f"up to {end}", [*PROMPT[:end], 1], 2)
     loop.close()
+
+
+def test_request_admitted_anew_before_its_loaded_tokens_were_used_stores_from_its_first_chunk_on():
+    loop = Loop()
+    loop.serve("first", PROMPT)
+    second = loop.add("second", PROMPT)
+    loop.step()
+    assert loop.loaded == {"second"}
+    loop.preempt(second)
+    loop.connector.reset_cache()
+    loop.preempted = {"second"}
+    loop.new_blocks = {}
+    scheduled = {}
+    loop.admit(second, scheduled)
+    output = SchedulerOutput(scheduled, loop.new_blocks, frozenset(), {"second"})
+    result = loop.work(loop.connector.build_connector_meta(output), output)
+    loop.connector.update_connector_output(result)
+    loop.run()
+    assert loop.serve("third", PROMPT).host_hits == [48]
+    loop.close()

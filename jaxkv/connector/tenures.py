@@ -68,7 +68,7 @@ class Tenures:
         """Where storing begins: behind what was loaded, which the backend holds, unless it wants all."""
         if num_external_tokens and state.policy is OffloadPolicy.CHUNK_LEVEL:
             return self._chunks_before(start)
-        if state.tenure is not None and not num_external_tokens:
+        if state.tenure is not None and state.device_hit_tokens is None:
             return state.tenure.first_chunk
         return [0] * self._caches.num_groups
 
