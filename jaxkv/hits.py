@@ -47,6 +47,11 @@ class HitGroup:
     tokens_per_chunk: int
 
 
+def reads_every_token(spec: LayerSpec) -> bool:
+    """Whether the next token reads every token before it, however many there are."""
+    return isinstance(spec, FullAttentionSpec | MLAAttentionSpec)
+
+
 def required_chunks(group: HitGroup, boundary_tokens: int) -> tuple[range, range]:
     """Whole chunks that stand for tokens ``[0, boundary_tokens)`` when the next token is computed.
 
@@ -128,11 +133,13 @@ def longest_hit(
     chunks behind them are asked for. Answers ``known_tokens`` where nothing more can be served. Each group
     lowers the candidate to the largest boundary it can serve, round and round, until none objects (vLLM's
     fixed point). No boundary that all can serve is skipped, though a group may serve one and not a lower one.
+    Groups that read every token are asked first: what they lack, no boundary behind it can do without.
     """
     boundary = limit_tokens - limit_tokens % alignment_tokens
+    order = sorted(enumerate(groups), key=lambda numbered: not reads_every_token(numbered[1].spec))
     settled = 0
     while boundary > known_tokens and settled < len(groups):
-        for index, group in enumerate(groups):
+        for index, group in order:
             served = _largest_served(
                 group, GroupId(index), known_tokens, boundary, alignment_tokens, presence
             )

@@ -81,3 +81,14 @@ def test_request_admitted_anew_before_its_loaded_tokens_were_used_stores_from_it
     loop.run()
     assert loop.serve("third", PROMPT).host_hits == [48]
     loop.close()
+
+
+@pytest.mark.parametrize("kinds", [("full", "window"), ("window", "full"), ("state", "full")])
+def test_branch_point_is_kept_whatever_the_order_of_groups(kinds):
+    loop = Loop(config=make_config(dict.fromkeys(kinds, 1)), retention_interval=0)
+    loop.cuts_at_boundaries = True
+    for index in range(2):
+        loop.serve(f"branch {index}", [*PROMPT[:32], *[index] * 17])
+    third = loop.serve("branch 2", [*PROMPT[:32], *[2] * 17])
+    assert third.host_hits == [32]
+    loop.close()

@@ -9,10 +9,9 @@ from typing import final
 
 from jaxkv.connector.chunks import ChunkedCaches
 from jaxkv.connector.spans import ChunkSpan, tail_span, whole_span
-from jaxkv.hits import cut_chunk, longest_hit, longest_tail, missing_chunks
+from jaxkv.hits import cut_chunk, longest_hit, longest_tail, missing_chunks, reads_every_token
 from jaxkv.keys import BlockHash, GroupId, KeyRun, KeyRuns, OffloadKey
 from jaxkv.offload.base import LookupResult, OffloadingManager, PrefixLookup, ReqContext
-from jaxkv.spec import FullAttentionSpec, MLAAttentionSpec
 
 
 class Deferral(Enum):
@@ -206,9 +205,7 @@ def _branch_tokens(
     can serve a boundary.
     """
     reads_all = [
-        GroupId(index)
-        for index, group in enumerate(caches.hit_groups)
-        if isinstance(group.spec, FullAttentionSpec | MLAAttentionSpec)
+        GroupId(index) for index, group in enumerate(caches.hit_groups) if reads_every_token(group.spec)
     ]
     shared = presence.leading_tokens(reads_all) or 0
     shared -= shared % caches.alignment_tokens

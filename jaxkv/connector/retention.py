@@ -11,7 +11,7 @@ from typing import assert_never, final
 
 from jaxkv.connector.chunks import ChunkedCaches
 from jaxkv.errors import ConfigError
-from jaxkv.hits import HitGroup, unread_chunks
+from jaxkv.hits import HitGroup, reads_every_token, unread_chunks
 from jaxkv.spec import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
@@ -68,7 +68,7 @@ class Boundaries:
         Layers that read every token need all of them. For the others, of the regular boundaries only the
         first behind the chunk can: what it does not read, none does.
         """
-        if isinstance(group.spec, FullAttentionSpec | MLAAttentionSpec):
+        if reads_every_token(group.spec):
             return True
         end = (chunk + 1) * group.tokens_per_chunk
         regular = self.retention.next_boundary(end)

@@ -10,9 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxkv.connector.chunks import ChunkedCaches
-from jaxkv.hits import unread_blocks
+from jaxkv.hits import reads_every_token, unread_blocks
 from jaxkv.keys import BlockHash, BlockId, GroupId, KeyRun
-from jaxkv.spec import FullAttentionSpec, MLAAttentionSpec
 
 BlockIds = npt.NDArray[np.int32]
 """Blocks of chunks in table order, int32; -1 where no bytes are moved."""
@@ -84,7 +83,7 @@ def payload_blocks(caches: ChunkedCaches, span: ChunkSpan) -> range:
 def unread_at_ends(caches: ChunkedCaches, span: ChunkSpan) -> Iterator[range]:
     """For each chunk the table positions that not even the boundary it ends at reads, and so no later one."""
     spec = caches.config.groups[span.group].spec
-    if isinstance(spec, FullAttentionSpec | MLAAttentionSpec):
+    if reads_every_token(spec):
         return
     if span.cut_tokens is not None:
         yield unread_blocks(spec, span.cut_tokens)
