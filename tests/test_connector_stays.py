@@ -1,7 +1,7 @@
 """Stays on the device that do not go the straight way: left out of steps, admitted twice, told about late."""
 
 import pytest
-from connector_loop import Loop, expected_output
+from connector_loop import BLOCK, Loop, expected_output
 from loop_model import make_config
 
 from jaxkv.connector import SchedulerOutput
@@ -91,4 +91,16 @@ def test_branch_point_is_kept_whatever_the_order_of_groups(kinds):
         loop.serve(f"branch {index}", [*PROMPT[:32], *[index] * 17])
     third = loop.serve("branch 2", [*PROMPT[:32], *[2] * 17])
     assert third.host_hits == [32]
+    loop.close()
+
+
+@pytest.mark.parametrize("length", range(29, 37))
+@pytest.mark.parametrize("kinds", [("full", "window"), ("full", "state"), ("full", "window", "state")])
+def test_equal_prompt_of_a_model_with_a_drafter_is_served_with_the_fewest_boundaries_kept(length, kinds):
+    """The drafter's last chunk is named by the link behind it, so the last hit ends a link earlier."""
+    loop = Loop(config=make_config(dict.fromkeys(kinds, 1), drafter="full"), retention_interval=0)
+    loop.cuts_at_boundaries = True
+    loop.serve("first", PROMPT[:length])
+    second = loop.serve("second", PROMPT[:length])
+    assert second.host_hits == [min(length // BLOCK * BLOCK - BLOCK, length - 1)]
     loop.close()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import assert_never, final
 
 from jaxkv.errors import ConfigError
-from jaxkv.hits import HitGroup
+from jaxkv.hits import HitGroup, cut_chunk
 from jaxkv.keys import BlockHash, GroupId, KeyRun
 from jaxkv.spec import (
     ChunkedLocalAttentionSpec,
@@ -34,7 +34,8 @@ class ChunkedCaches:
 
     ``hit_groups`` are the groups as hit search sees them. Hits end at a multiple of ``alignment_tokens``, a
     chunk boundary of every group, or (``keeps_tails``) at any multiple of ``tokens_per_hash`` where the
-    chunks it cuts were stored as they were there. ``reads_whole_chunks`` says for each group whether a chunk
+    chunks it cuts were stored as they were there. A boundary's chunks have names in all groups once
+    ``lookahead_tokens`` behind it are known. ``reads_whole_chunks`` says for each group whether a chunk
     is one block, all of which the boundary at its end reads.
     """
 
@@ -43,6 +44,7 @@ class ChunkedCaches:
     hit_groups: tuple[HitGroup, ...] = field(init=False)
     alignment_tokens: int = field(init=False)
     tokens_per_hash: int = field(init=False)
+    lookahead_tokens: int = field(init=False)
     reads_whole_chunks: tuple[bool, ...] = field(init=False)
     _lookahead: tuple[int, ...] = field(init=False)
 
@@ -54,6 +56,7 @@ class ChunkedCaches:
         object.__setattr__(self, "alignment_tokens", math.lcm(*(group.tokens_per_chunk for group in groups)))
         object.__setattr__(self, "tokens_per_hash", self.config.hash_block_size)
         object.__setattr__(self, "_lookahead", tuple(int(g.is_eagle_group) for g in self.config.groups))
+        object.__setattr__(self, "lookahead_tokens", max(self._lookahead) * self.tokens_per_hash)
         whole = (self.blocks_per_chunk == 1 and _reads_whole_blocks(group.spec) for group in groups)
         object.__setattr__(self, "reads_whole_chunks", tuple(whole))
 
@@ -78,6 +81,19 @@ class ChunkedCaches:
     def named_at_tokens(self, group: GroupId, end_tokens: int) -> int:
         """Tokens that must be computed before a chunk that ends at ``end_tokens`` is final and has a name."""
         return end_tokens + self._lookahead[group] * self.tokens_per_hash
+
+    def groups_cut_at(self, end_tokens: int) -> list[GroupId]:
+        """Groups that keep a chunk cut short for a tail that ends at ``end_tokens``."""
+        return [
+            GroupId(index)
+            for index, group in enumerate(self.hit_groups)
+            if cut_chunk(group, end_tokens) is not None
+        ]
+
+    def tail_named_at_tokens(self, end_tokens: int) -> int:
+        """As ``named_at_tokens`` for all chunks that are cut at ``end_tokens``."""
+        groups = self.groups_cut_at(end_tokens)
+        return max((self.named_at_tokens(group, end_tokens) for group in groups), default=end_tokens)
 
     def chunk_named_at_tokens(self, group: GroupId, chunk: int) -> int:
         """As ``named_at_tokens`` for the end of a whole chunk."""

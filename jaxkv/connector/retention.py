@@ -98,17 +98,22 @@ def prompt_boundaries(
 ) -> tuple[int, ...]:
     """Boundaries of one request that are worth keeping whatever the interval, ascending.
 
-    Where an equal prompt ends its hit: at the last aligned boundary before its last token, and at the last
+    Where an equal prompt ends its hit: at the last aligned boundary it can start from, and at the last
     link of the hash chain, where tails are kept. And where this request leaves what others share with it.
     """
-    last = num_prompt_tokens - 1
-    points = {last - last % caches.alignment_tokens, last_link(caches, num_prompt_tokens)}
+    last = last_link(caches, num_prompt_tokens)
+    points = {last - last % caches.alignment_tokens, last}
     if branch_tokens is not None:
         points.add(branch_tokens)
     return tuple(sorted(point for point in points if point > 0))
 
 
 def last_link(caches: ChunkedCaches, num_prompt_tokens: int) -> int:
-    """Where the last link of the hash chain ends that an equal prompt can start from."""
-    last = num_prompt_tokens - 1
-    return last - last % caches.tokens_per_hash
+    """Where the last link of the hash chain ends that an equal prompt can start from.
+
+    That prompt computes its last token itself, and finds only chunks that have a name within it.
+    """
+    step = caches.tokens_per_hash
+    hashed = num_prompt_tokens - num_prompt_tokens % step
+    last = min(num_prompt_tokens - 1, hashed - caches.lookahead_tokens)
+    return last - last % step

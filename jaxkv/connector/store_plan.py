@@ -28,7 +28,7 @@ from jaxkv.connector.spans import (
     unread_at_ends,
     whole_span,
 )
-from jaxkv.hits import cut_chunk, required_chunks, unread_blocks
+from jaxkv.hits import required_chunks, unread_blocks
 from jaxkv.keys import GroupId
 from jaxkv.spec import (
     ChunkedLocalAttentionSpec,
@@ -85,8 +85,9 @@ def next_due_tokens(caches: ChunkedCaches, tenure: Tenure) -> int | None:
         if (limit is None or end <= limit) and (due is None or end < due):
             due = end
     if tenure.tail_tokens is not None:
-        tail = max(caches.named_at_tokens(GroupId(g), tenure.tail_tokens) for g in range(caches.num_groups))
-        due = tail if due is None else min(due, tail)
+        tail = caches.tail_named_at_tokens(tenure.tail_tokens)
+        if (limit is None or tail <= limit) and (due is None or tail < due):
+            due = tail
     return due
 
 
@@ -214,12 +215,11 @@ class _Planning:
     def _plan_tail(self, end_tokens: int) -> Mapping[GroupId, ChunkSpan]:
         """The chunks that the tail cuts, by group: all of them, or none if one cannot be read any more."""
         caches = self._caches
-        groups = [GroupId(group) for group in range(caches.num_groups)]
-        if any(caches.named_at_tokens(group, end_tokens) > self._horizon for group in groups):
+        if caches.tail_named_at_tokens(end_tokens) > self._horizon:
             self._plan.tail_tokens = end_tokens
             return {}
         hashes = self._tenure.request.block_hashes
-        cut = [group for group in groups if cut_chunk(caches.hit_groups[group], end_tokens) is not None]
+        cut = caches.groups_cut_at(end_tokens)
         spans = {group: tail_span(caches, hashes, group, end_tokens) for group in cut}
         reasons = {group: self._why_unreadable(span) for group, span in spans.items()}
         lost = [(group, reason) for group, reason in reasons.items() if reason is not None]
@@ -232,9 +232,10 @@ class _Planning:
 
         From now on it counts as a boundary.
         """
-        last = self._horizon - self._horizon % self._caches.alignment_tokens
+        named = self._horizon - self._caches.lookahead_tokens
+        last = named - named % self._caches.alignment_tokens
         retention, points = self._boundaries.retention, self._boundaries.points
-        if last == 0 or last in points or retention.next_boundary(last) == last:
+        if last <= 0 or last in points or retention.next_boundary(last) == last:
             return None
         self._boundaries = Boundaries(retention, (*points, last))
         return last

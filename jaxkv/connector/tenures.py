@@ -81,7 +81,8 @@ class Tenures:
         """Where the prompt's last link ends, if inside a chunk, and this request computes and stores it."""
         end, limit = last_link(self._caches, state.request.num_prompt_tokens), self._limit_tokens(state)
         is_inside = end % self._caches.alignment_tokens != 0
-        return end if is_inside and start < end and (limit is None or end <= limit) else None
+        is_stored = limit is None or self._caches.tail_named_at_tokens(end) <= limit
+        return end if is_inside and start < end and is_stored else None
 
     def _chunks_before(self, num_tokens: int) -> list[int]:
         return [
