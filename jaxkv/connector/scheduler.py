@@ -333,8 +333,9 @@ class OffloadingScheduler:
         for state in self._requests.values():
             self._drop_promise(state)
             if state.tenure is not None:
-                running = self._step.get(state.ctx.req_id, 0)
-                self._tenures.skip_to(state.tenure, state.tenure.complete_tokens + running)
+                self._tenures.skip(state.tenure, self._step.get(state.ctx.req_id, 0))
+        for tenure, num_tokens in self._left_in_step:
+            self._tenures.skip(tenure, num_tokens)
         self._due.clear()
         self._events.reset(self._manager)
 

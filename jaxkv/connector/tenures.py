@@ -55,14 +55,16 @@ class Tenures:
             tail_tokens=self._tail_tokens(state, start),
         )
 
-    def skip_to(self, tenure: Tenure, num_tokens: int) -> None:
-        """Nothing before ``num_tokens`` will be stored. Changes ``tenure``."""
-        present = self._chunks_before(num_tokens)
-        tenure.next_chunk = [max(pair) for pair in zip(tenure.next_chunk, present, strict=True)]
+    def skip(self, tenure: Tenure, num_running_tokens: int) -> None:
+        """Nothing of what is computed, or is being computed by a step of so many tokens, will be stored.
+
+        Nor will chunks that begin with it. Changes ``tenure``.
+        """
+        num_tokens = tenure.complete_tokens + tenure.unconfirmed_tokens + num_running_tokens
+        begun = [-(-num_tokens // group.tokens_per_chunk) for group in self._caches.hit_groups]
+        tenure.next_chunk = [max(pair) for pair in zip(tenure.next_chunk, begun, strict=True)]
         tenure.first_chunk = list(tenure.next_chunk)
-        tenure.handed_states = {}
-        if tenure.tail_tokens is not None and tenure.tail_tokens <= num_tokens:
-            tenure.tail_tokens = None
+        tenure.handed_states, tenure.tail_tokens = {}, None
 
     def _first_chunk(self, state: RequestState, start: int, num_external_tokens: int) -> list[int]:
         """Where storing begins: behind what was loaded, which the backend holds, unless it wants all."""
