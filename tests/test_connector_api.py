@@ -243,3 +243,70 @@ def test_state_handed_over_as_its_request_is_preempted_and_admitted_again_is_tha
     connector.build_connector_meta(SchedulerOutput())
     assert_no_leaks(connector)
     connector.shutdown()
+
+
+def test_metadata_that_is_sent_twice_is_submitted_once():
+    loop = Loop(max_step_tokens=64)
+    loop.add("first", PROMPT)
+    loop.step()
+    loop.worker.delayed = True
+    metadata = loop.connector.build_connector_meta(SchedulerOutput())
+    for _ in range(2):
+        loop.caches = loop.connector.handle_preemptions(loop.caches, metadata)
+    assert len(loop.worker.job_ids) == len(metadata.stores) == 1
+    loop.worker.finish()
+    loop.caches = loop.connector.handle_preemptions(loop.caches, metadata)
+    assert not loop.worker.job_ids, "nor when its jobs have ended"
+    loop.worker.delayed = False
+    loop.run()
+    loop.connector.shutdown()
+
+
+def test_loads_before_the_stores_of_the_step_are_refused():
+    loop = Loop(max_step_tokens=64)
+    loop.add("first", PROMPT)
+    loop.step()
+    metadata = loop.connector.build_connector_meta(SchedulerOutput())
+    loop.connector.bind_connector_metadata(metadata)
+    with pytest.raises(ConnectorStateError, match="handle_preemptions"):
+        loop.connector.start_load_kv(loop.caches)
+    loop.connector.handle_preemptions(loop.caches, metadata)
+    loop.connector.start_load_kv(loop.caches)
+    loop.connector.shutdown()
+
+
+def test_load_that_ends_while_results_are_taken_is_reported_in_one_piece():
+    loop = Loop()
+    loop.serve("first", PROMPT)
+    loop.worker.delayed = True
+    loop.add("second", PROMPT)
+    loop.step()
+    real = loop.worker.get_finished
+
+    def ends_after_the_first_look():
+        taken = real()
+        loop.worker.finish()
+        return taken
+
+    loop.worker.get_finished = ends_after_the_first_look
+    output = loop.connector.get_transfer_results(set())
+    assert (output.finished_recving, output.worker_meta) == (set(), None)
+    output = loop.connector.get_transfer_results(set())
+    assert output.finished_recving == {"second"}
+    assert len(output.worker_meta.results) == 1
+    loop.connector.shutdown()
+
+
+def test_job_whose_submission_broke_off_is_submitted_when_its_metadata_comes_again():
+    loop = Loop(max_step_tokens=64)
+    loop.add("first", PROMPT)
+    loop.step()
+    metadata = loop.connector.build_connector_meta(SchedulerOutput())
+    real, loop.worker.submit_store = loop.worker.submit_store, None
+    with pytest.raises(TypeError):
+        loop.connector.handle_preemptions(loop.caches, metadata)
+    loop.worker.submit_store = real
+    loop.connector.handle_preemptions(loop.caches, metadata)
+    loop.run()
+    assert loop.connector.get_stats().groups[0].stored_chunks == 10
+    loop.connector.shutdown()

@@ -7,17 +7,23 @@ from typing import final
 
 from jaxkv.connector.base import KVCaches, LoadFailure
 from jaxkv.connector.metadata import OffloadingConnectorMetadata
+from jaxkv.errors import ConnectorStateError
 from jaxkv.keys import BlockId, GroupId, JobId
 from jaxkv.offload.base import JobResult, OffloadingWorker, TransferJob
 
 
 @final
 class OffloadingConnectorWorker:
-    """Drives one ``OffloadingWorker``. Every end of a job is reported once."""
+    """Drives one ``OffloadingWorker``. Every job is submitted once, though a loop may send metadata again
+    because the step broke off. Every end of a job is reported once.
+
+    Jobs are numbered in the order in which they are planned.
+    """
 
     def __init__(self, worker: OffloadingWorker) -> None:
         self._worker = worker
         self._submitted: set[JobId] = set()
+        self._last_store = self._last_load = JobId(-1)
         self._loads: dict[JobId, TransferJob] = {}
         self._results: list[JobResult] = []
         self._received: set[str] = set()
@@ -36,31 +42,46 @@ class OffloadingConnectorWorker:
     def submit_stores(self, metadata: OffloadingConnectorMetadata, kv_caches: KVCaches) -> None:
         """Submit every store of the step; each reads ``kv_caches`` as they are now."""
         for job in metadata.stores:
+            if job.job_id <= self._last_store:
+                continue
             self._submitted.add(job.job_id)
             self._worker.submit_store(job, kv_caches)
+            self._last_store = job.job_id
 
     def submit_loads(self, metadata: OffloadingConnectorMetadata, kv_caches: KVCaches) -> KVCaches:
-        """Submit every load of the step; answers the caches to go on with."""
+        """Submit every load of the step; answers the caches to go on with.
+
+        Raises ``ConnectorStateError`` while stores of the step are not submitted: they may be of blocks that
+        it writes to.
+        """
+        if metadata.stores and metadata.stores[-1].job_id > self._last_store:
+            raise ConnectorStateError(
+                "the stores of this step were not submitted; call handle_preemptions first in every step"
+            )
         for job in metadata.loads:
+            if job.job_id <= self._last_load:
+                continue
             self._submitted.add(job.job_id)
             self._loads[job.job_id] = job
             kv_caches = self._worker.submit_load(job, kv_caches)
+            self._last_load = job.job_id
         return kv_caches
 
     def take_received(self) -> set[str]:
-        """Requests whose load arrived, since the last call."""
+        """Requests whose load arrived, since the last call. Looks for jobs that ended, as no other call does:
+        what is then taken of failures and results belongs to the same jobs.
+        """
         self._poll()
         taken, self._received = self._received, set()
         return taken
 
     def take_failed(self) -> Mapping[str, LoadFailure]:
-        """Requests whose load did not arrive, since the last call."""
-        self._poll()
+        """Requests whose load did not arrive, since the last call, as of the last ``take_received``."""
         taken, self._failed = self._failed, {}
         return taken
 
     def take_results(self) -> tuple[JobResult, ...]:
-        """Jobs that ended, since the last call, as of the last look at received and failed loads."""
+        """Jobs that ended, since the last call, as of the last ``take_received``."""
         taken, self._results = self._results, []
         return tuple(taken)
 
