@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from eviction_rules import RuleManager
 from policy_player import Player
-from policy_traffic import ANSWERED, Setup
+from policy_traffic import ANSWERED, Setup, Traffic
 
 from jaxkv.offload.host_manager import HostOffloadingManager
 from jaxkv.testing.fake_pool import FakePool
@@ -53,6 +53,21 @@ def test_every_answer_is_vllms(make_manager, policy, trace):
         call, answers = (recorded[:-1], recorded[-1:]) if recorded[0] in ANSWERED else (recorded, [None])
         assert [player.play(call)] == answers, f"call {number} of the trace, {call}"
     assert not player.manager.leaks()
+
+
+@pytest.mark.parametrize("seed", range(5_000, 5_040))
+@pytest.mark.parametrize("policy", VLLM)
+def test_where_nothing_is_recorded_every_answer_is_that_of_the_rules(policy, seed):
+    setup = Setup.of_seed(seed)
+    rules, host = (Player(make(policy, setup), setup) for make in (make_rules, make_host))
+
+    def play(call):
+        answer = rules.play(call)
+        assert host.play(call) == answer, call
+        return answer
+
+    Traffic(setup, play).run()
+    assert not host.manager.leaks()
 
 
 @pytest.mark.parametrize("policy", VLLM)
