@@ -1,10 +1,11 @@
 """Stays on the device that do not go the straight way: left out of steps, admitted twice, told about late."""
 
 import pytest
-from connector_loop import BLOCK, Loop, expected_output
+from connector_loop import BLOCK, Loop, expected_output, value_of
 from loop_model import make_config
 
 from jaxkv.connector import SchedulerOutput
+from jaxkv.errors import RequestError
 
 PROMPT = list(range(100, 150))
 
@@ -103,4 +104,31 @@ def test_equal_prompt_of_a_model_with_a_drafter_is_served_with_the_fewest_bounda
     loop.serve("first", PROMPT[:length])
     second = loop.serve("second", PROMPT[:length])
     assert second.host_hits == [min(length // BLOCK * BLOCK - BLOCK, length - 1)]
+    loop.close()
+
+
+def test_state_handed_over_early_in_a_prompt_does_not_take_the_place_of_its_tail():
+    loop = Loop(config=make_config({"full": 1, "state": 1}), max_step_tokens=16)
+    loop.cuts_at_boundaries = True
+    first = loop.add("first", PROMPT[:30])
+    loop.step()
+    block = loop.free[1].pop()
+    loop.caches["state.0"][block] = [value_of(tuple(PROMPT[:12])), 12]
+    loop.handed = {"first": [(1, block, 12)]}
+    loop.step()
+    loop.free[1].append(block)
+    loop.run()
+    assert first.done
+    assert loop.serve("second", PROMPT[:30]).host_hits == [28]
+    loop.close()
+
+
+def test_state_handed_over_for_a_group_without_states_is_refused():
+    loop = Loop(config=make_config({"full": 1, "state": 1}))
+    first = loop.add("first", PROMPT)
+    loop.step()
+    for group in (0, 2, -1):
+        with pytest.raises(RequestError, match=f"group {group}"):
+            loop.connector.register_finished_partial_tail(first, first.tables, [(group, 0, 12)])
+    loop.run()
     loop.close()

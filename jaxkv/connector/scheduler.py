@@ -193,16 +193,27 @@ class OffloadingScheduler:
 
     def _take_handed_states(self, scheduler_output: SchedulerOutput) -> None:
         """States belong to the stay that ran in the last step, which may have ended since."""
-        for req_id, offloads in scheduler_output.boundary_state_offloads.items():
-            state = self._requests.get(req_id)
-            ended = [tenure for tenure in self._due if tenure.has_ended and tenure.ctx.req_id == req_id]
-            tenure = ended[-1] if ended else state and state.tenure
+        handed = scheduler_output.boundary_state_offloads
+        if not handed:
+            return
+        stays = {req_id: state.tenure for req_id in handed if (state := self._requests.get(req_id))}
+        stays |= {tenure.ctx.req_id: tenure for tenure in self._due if tenure.has_ended}
+        for req_id, offloads in handed.items():
+            tenure = stays.get(req_id)
             if tenure is not None and tenure.running:
                 self._hand_over(tenure, offloads)
 
     def _hand_over(self, tenure: Tenure, offloads: Sequence[PartialTailOffload]) -> None:
-        """States at boundaries that the tables do not show; one at a link of the chain asks for a tail."""
+        """States at boundaries that the tables do not show.
+
+        One inside a chunk asks for a tail there, unless one is to be stored that reaches further.
+        """
         for group, block, boundary in offloads:
+            if not (0 <= group < self._caches.num_groups and self._caches.is_state(group)):
+                raise RequestError(
+                    f"a state of request {tenure.ctx.req_id!r} was handed over for group {group}, which keeps "
+                    "no recurrent states"
+                )
             if boundary <= 0 or boundary % self._caches.tokens_per_hash:
                 raise RequestError(
                     f"a state of request {tenure.ctx.req_id!r} was handed over at {boundary} tokens; "
@@ -211,7 +222,7 @@ class OffloadingScheduler:
             tenure.handed_states[group, boundary] = block
             is_wanted = tenure.limit_tokens is None or boundary <= tenure.limit_tokens
             if is_wanted and boundary % self._caches.tokens_per_chunk(group):
-                tenure.tail_tokens = boundary
+                tenure.tail_tokens = max(boundary, tenure.tail_tokens or 0)
             self._due[tenure] = None
 
     def _plan_stores(self) -> tuple[TransferJob, ...]:

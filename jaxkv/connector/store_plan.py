@@ -243,6 +243,8 @@ class _Planning:
     def _plan_passed(self, group: GroupId, boundary: int) -> None:
         """What only the boundary at which the request ended needs of chunks that were passed over before."""
         tenure, hit_group = self._tenure, self._caches.hit_groups[group]
+        if tenure.boundaries.retention.keeps_all[group]:
+            return
         passed = range(tenure.first_chunk[group], tenure.next_chunk[group])
         for needed in required_chunks(hit_group, boundary):
             for chunk in range(max(needed.start, passed.start), min(needed.stop, passed.stop)):
