@@ -136,6 +136,13 @@ def test_a_recurrent_model_reuses_states_where_steps_ended():
     assert [one.device_tokens + one.host_tokens for one in served] == [0, 3072, 2496]
 
 
+@pytest.mark.parametrize(("tokens", "servable"), [(10, 0), (16, 0), (17, 1), (500, 1)])
+def test_a_prompt_shorter_than_a_chunk_is_servable_only_if_the_host_has_some_of_it(tokens, servable):
+    request = TraceRequest("a", 0.0, (Segment(0, tokens),), Segment(1, 1))
+    result = replay([request], Deployment(model="bamba-like", **{**ROOMY, "device_bytes": 4 << 30}))
+    assert (result.servable_prompts, result.distinct_prompts) == (servable, 1)
+
+
 def test_a_device_too_small_for_a_request_is_a_named_error():
     with pytest.raises(ConfigError, match="bytes would suffice"):
         replay(TRACE, Deployment(device_bytes=1 << 20))

@@ -122,10 +122,13 @@ class ReplayLoop:
         self._settle(request)
         return found
 
-    def last_boundary(self, trace_request: TraceRequest) -> int:
-        """The last chunk boundary before the prompt's last token: the most that whole chunks can serve."""
+    def is_servable(self, trace_request: TraceRequest) -> bool:
+        """Whether the host alone could serve a prompt now, up to the last chunk boundary inside it.
+
+        One that is shorter than a chunk is servable if any of it is.
+        """
         last = trace_request.prompt_tokens - 1
-        return last - last % self._alignment
+        return self.servable_tokens(trace_request) >= max(1, last - last % self._alignment)
 
     def _make_request(self, trace_request: TraceRequest) -> _Request:
         prompt = trace_request.prompt_tokens

@@ -95,14 +95,14 @@ def serve_families(
         for family in requests:
             for request in family:
                 loop.serve(request)
-        servable = [[_is_servable(loop, request) for request in family] for family in requests]
+        servable = [[loop.is_servable(request) for request in family] for family in requests]
         new = [_new_branch(index, family[0]) for index, family in enumerate(requests)]
         return RetentionResult(
             retention_interval=retention_interval,
             num_prompts=families.num_families * families.branches,
             servable_prompts=sum(map(sum, servable)),
             servable_families=sum(map(any, servable)),
-            branch_points=sum(_is_servable(loop, request) for request in new),
+            branch_points=sum(map(loop.is_servable, new)),
             stored_bytes=loop.stats.stored_bytes,
         )
 
@@ -117,10 +117,6 @@ def _small_device(
             for names, spec in groups
         )
     )
-
-
-def _is_servable(loop: ReplayLoop, request: TraceRequest) -> bool:
-    return loop.servable_tokens(request) >= loop.last_boundary(request)
 
 
 def _new_branch(family: int, request: TraceRequest) -> TraceRequest:

@@ -129,7 +129,7 @@ def replay(trace: Sequence[TraceRequest], deployment: Deployment) -> ReplayResul
             _note_accesses(accesses, loop, request, served[-1].device_tokens)
         stats, device_evictions = loop.stats, loop.device_evictions
         distinct = {request.prompt: request for request in trace}.values()
-        servable = sum(loop.servable_tokens(request) >= loop.last_boundary(request) for request in distinct)
+        servable = sum(map(loop.is_servable, distinct))
     piece_tokens = config.hash_block_size
     return ReplayResult(
         deployment=deployment,
