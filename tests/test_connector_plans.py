@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jaxkv.connector.chunks import ChunkedCaches
 from jaxkv.connector.jobs import device_blocks
 from jaxkv.connector.lookup import Deferral, HostPresence, Question, find_hit
-from jaxkv.connector.request_state import Tenure
+from jaxkv.connector.request_state import Tail, Tenure
 from jaxkv.connector.retention import Boundaries, Retention
 from jaxkv.connector.spans import shrinking_prefixes
 from jaxkv.connector.store_plan import SkipReason, plan_stores
@@ -362,9 +362,11 @@ def test_state_inside_a_block_is_stored_only_until_the_next_step_writes_over_it(
     previous, complete, is_stored
 ):
     tables = [[1] * 4, [2] * 4, [30, 31]]
-    plan = plan_stores(CACHES, view(tables, previous, complete, next_chunk=(3, 3, 1), tail_tokens=12))
+    plan = plan_stores(
+        CACHES, view(tables, previous, complete, next_chunk=(3, 3, 1), tail=Tail(12, (STATE,)))
+    )
     assert ((STATE, "cut at 12") in stored(plan)) == is_stored
-    assert plan.tail_tokens is None
+    assert plan.tail is None
 
 
 def test_backend_that_changes_its_mind_within_one_question_is_asked_again():

@@ -1,7 +1,7 @@
 """Stays on the device that do not go the straight way: left out of steps, admitted twice, told about late."""
 
 import pytest
-from connector_loop import BLOCK, Loop, expected_output, value_of
+from connector_loop import Loop, expected_output, value_of
 from loop_model import make_config
 
 from jaxkv.connector import SchedulerOutput
@@ -95,15 +95,26 @@ def test_branch_point_is_kept_whatever_the_order_of_groups(kinds):
     loop.close()
 
 
-@pytest.mark.parametrize("length", range(29, 37))
-@pytest.mark.parametrize("kinds", [("full", "window"), ("full", "state"), ("full", "window", "state")])
-def test_equal_prompt_of_a_model_with_a_drafter_is_served_with_the_fewest_boundaries_kept(length, kinds):
-    """The drafter's last chunk is named by the link behind it, so the last hit ends a link earlier."""
-    loop = Loop(config=make_config(dict.fromkeys(kinds, 1), drafter="full"), retention_interval=0)
+MODELS = [("full", "window"), ("full", "state"), ("local", "state"), ("window",), ("full", "sink", "state")]
+
+
+@pytest.mark.parametrize("kinds", MODELS)
+@pytest.mark.parametrize("has_drafter", [False, True])
+@pytest.mark.parametrize(("blocks_per_chunk", "tokens_per_hash"), [(1, 4), (1, 1), (3, 2)])
+def test_equal_prompt_is_served_to_its_last_link_with_the_fewest_boundaries_kept(
+    kinds, has_drafter, blocks_per_chunk, tokens_per_hash
+):
+    """What a drafter leaves is named by the link behind it: its model's last hit ends a link earlier."""
+    drafter = kinds[0] if has_drafter else ""
+    config = make_config(dict.fromkeys(kinds, 1), drafter=drafter, tokens_per_hash=tokens_per_hash)
+    loop = Loop(config=config, blocks_per_chunk=blocks_per_chunk, retention_interval=0)
     loop.cuts_at_boundaries = True
-    loop.serve("first", PROMPT[:length])
-    second = loop.serve("second", PROMPT[:length])
-    assert second.host_hits == [min(length // BLOCK * BLOCK - BLOCK, length - 1)]
+    for length in (1, 2, 9, *range(21, 34)):
+        prompt = [length, *PROMPT[: length - 1]]
+        loop.serve(f"{length}", prompt)
+        links = range(tokens_per_hash, length + 1, tokens_per_hash)
+        servable = [end for end in links if end < length and (not has_drafter or end < links[-1])]
+        assert loop.serve(f"{length} again", prompt).host_hits == servable[-1:]
     loop.close()
 
 

@@ -82,13 +82,13 @@ class ChunkedCaches:
         """Tokens that must be computed before a chunk that ends at ``end_tokens`` is final and has a name."""
         return end_tokens + self._lookahead[group] * self.tokens_per_hash
 
-    def groups_cut_at(self, end_tokens: int) -> list[GroupId]:
+    def groups_cut_at(self, end_tokens: int) -> tuple[GroupId, ...]:
         """Groups that keep a chunk cut short for a tail that ends at ``end_tokens``."""
-        return [
+        return tuple(
             GroupId(index)
             for index, group in enumerate(self.hit_groups)
             if cut_chunk(group, end_tokens) is not None
-        ]
+        )
 
     def tail_named_at_tokens(self, end_tokens: int) -> int:
         """As ``named_at_tokens`` for all chunks that are cut at ``end_tokens``."""

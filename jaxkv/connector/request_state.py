@@ -14,6 +14,15 @@ from jaxkv.offload.base import LoadStoreSpec, OffloadPolicy, ReqContext
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """A boundary inside chunks, and the groups of which the chunk that it cuts is still to be stored."""
+
+    end_tokens: int
+    groups: tuple[GroupId, ...]
+
+
+@final
 @dataclass(slots=True, eq=False)
 class Tenure:
     """One stay of a request on the device, from admission until it finishes or is preempted.
@@ -26,7 +35,7 @@ class Tenure:
 
     Of what to store: ``limit_tokens`` is how far (``None``: all). ``first_chunk`` and ``next_chunk`` have an
     entry per group: where storing may begin, and where it goes on. ``boundaries`` are where later requests
-    may start from; ``tail_tokens`` is where a tail is still to be stored. ``handed_states`` are blocks
+    may start from; ``tail`` is what is missing of one more that cuts chunks. ``handed_states`` are blocks
     outside the tables that hold the state of a group at a boundary. There is nothing more to store until
     ``due_tokens`` are complete; ``None``: there never is. ``unconfirmed_tokens`` belong to a step that ran,
     but the loop has not said yet how many of them were accepted.
@@ -41,7 +50,7 @@ class Tenure:
     next_chunk: list[int]
     limit_tokens: int | None
     boundaries: Boundaries
-    tail_tokens: int | None = None
+    tail: Tail | None = None
     handed_states: dict[tuple[GroupId, int], BlockId] = field(default_factory=dict)
     due_tokens: int | None = 0
     unconfirmed_tokens: int = 0

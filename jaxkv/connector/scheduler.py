@@ -211,8 +211,8 @@ class OffloadingScheduler:
         for group, block, boundary in offloads:
             if not (0 <= group < self._caches.num_groups and self._caches.is_state(group)):
                 raise RequestError(
-                    f"a state of request {tenure.ctx.req_id!r} was handed over for group {group}, which keeps "
-                    "no recurrent states"
+                    f"a state of request {tenure.ctx.req_id!r} was handed over for group {group}, which "
+                    "keeps no recurrent states"
                 )
             if boundary <= 0 or boundary % self._caches.tokens_per_hash:
                 raise RequestError(
@@ -222,7 +222,7 @@ class OffloadingScheduler:
             tenure.handed_states[group, boundary] = block
             is_wanted = tenure.limit_tokens is None or boundary <= tenure.limit_tokens
             if is_wanted and boundary % self._caches.tokens_per_chunk(group):
-                tenure.tail_tokens = max(boundary, tenure.tail_tokens or 0)
+                self._tenures.ask_for_tail(tenure, boundary)
             self._due[tenure] = None
 
     def _plan_stores(self) -> tuple[TransferJob, ...]:

@@ -16,7 +16,7 @@ from typing import assert_never, final
 import numpy as np
 
 from jaxkv.connector.chunks import ChunkedCaches
-from jaxkv.connector.request_state import Tenure
+from jaxkv.connector.request_state import Tail, Tenure
 from jaxkv.connector.retention import Boundaries
 from jaxkv.connector.spans import (
     ChunkSpan,
@@ -63,13 +63,13 @@ Skipped = dict[tuple[GroupId, SkipReason], int]
 class StorePlan:
     """``spans`` group after group; ``skipped`` chunks will not become storable while the request runs.
 
-    ``next_chunk`` and ``tail_tokens`` are where to go on if all of ``spans`` are taken.
+    ``next_chunk`` and ``tail`` are where to go on if all of ``spans`` are taken.
     """
 
     spans: list[PlannedSpan] = field(default_factory=list)
     skipped: Skipped = field(default_factory=dict)
     next_chunk: list[int] = field(default_factory=list)
-    tail_tokens: int | None = None
+    tail: Tail | None = None
 
 
 def plan_stores(caches: ChunkedCaches, tenure: Tenure) -> StorePlan:
@@ -80,14 +80,12 @@ def plan_stores(caches: ChunkedCaches, tenure: Tenure) -> StorePlan:
 def next_due_tokens(caches: ChunkedCaches, tenure: Tenure) -> int | None:
     """Tokens that must be complete before more can be stored; ``None`` if nothing ever can."""
     limit, due = tenure.limit_tokens, None
-    for group, first in enumerate(tenure.next_chunk):
-        end = caches.chunk_named_at_tokens(GroupId(group), first)
+    ends = [caches.chunk_named_at_tokens(GroupId(g), first) for g, first in enumerate(tenure.next_chunk)]
+    if tenure.tail is not None:
+        ends += [caches.named_at_tokens(group, tenure.tail.end_tokens) for group in tenure.tail.groups]
+    for end in ends:
         if (limit is None or end <= limit) and (due is None or end < due):
             due = end
-    if tenure.tail_tokens is not None:
-        tail = caches.tail_named_at_tokens(tenure.tail_tokens)
-        if (limit is None or tail <= limit) and (due is None or tail < due):
-            due = tail
     return due
 
 
@@ -107,7 +105,7 @@ class _Planning:
     def run(self) -> StorePlan:
         caches, tenure, plan = self._caches, self._tenure, self._plan
         horizon = self._horizon
-        tail = self._plan_tail(tenure.tail_tokens) if tenure.tail_tokens is not None else {}
+        tail = self._plan_tail(tenure.tail) if tenure.tail is not None else {}
         last = self._last_boundary() if tenure.has_ended else None
         for index, first in enumerate(tenure.next_chunk):
             group = GroupId(index)
@@ -212,20 +210,24 @@ class _Planning:
                 return SkipReason.RELEASED
         return None
 
-    def _plan_tail(self, end_tokens: int) -> Mapping[GroupId, ChunkSpan]:
-        """The chunks that the tail cuts, by group: all of them, or none if one cannot be read any more."""
-        caches = self._caches
-        if caches.tail_named_at_tokens(end_tokens) > self._horizon:
-            self._plan.tail_tokens = end_tokens
-            return {}
+    def _plan_tail(self, tail: Tail) -> Mapping[GroupId, ChunkSpan]:
+        """Those chunks that the tail cuts which have names now, by group; none if one is lost.
+
+        A drafter's is named by the next link, when a state is gone that stood where the tail ends.
+        """
+        caches, end = self._caches, tail.end_tokens
+        named = [group for group in tail.groups if caches.named_at_tokens(group, end) <= self._horizon]
         hashes = self._tenure.request.block_hashes
-        cut = caches.groups_cut_at(end_tokens)
-        spans = {group: tail_span(caches, hashes, group, end_tokens) for group in cut}
+        spans = {group: tail_span(caches, hashes, group, end) for group in named}
         reasons = {group: self._why_unreadable(span) for group, span in spans.items()}
         lost = [(group, reason) for group, reason in reasons.items() if reason is not None]
         for group, reason in lost:
             self._skip(group, reason, 1)
-        return {} if lost else spans
+        if lost:
+            return {}
+        if len(named) < len(tail.groups):
+            self._plan.tail = Tail(end, tuple(group for group in tail.groups if group not in spans))
+        return spans
 
     def _last_boundary(self) -> int | None:
         """Where the request ended, if chunks are needed there that no other boundary needs.

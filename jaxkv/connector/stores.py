@@ -12,7 +12,7 @@ from jaxkv.connector.chunks import ChunkedCaches
 from jaxkv.connector.events import EventLog
 from jaxkv.connector.jobs import JobKind, JobTable, device_blocks
 from jaxkv.connector.metrics import Metrics
-from jaxkv.connector.request_state import Tenure
+from jaxkv.connector.request_state import Tail, Tenure
 from jaxkv.connector.spans import ChunkSpan, PlannedSpan, shrinking_prefixes
 from jaxkv.connector.store_plan import (
     SkipReason,
@@ -54,7 +54,7 @@ class StorePlanner:
     def _advance(self, tenure: Tenure, plan: StorePlan, refused: Sequence[ChunkSpan]) -> None:
         """Go on behind what was taken; what was refused is offered again, from the first such chunk on."""
         tenure.next_chunk = plan.next_chunk
-        tenure.tail_tokens = plan.tail_tokens
+        tenure.tail = plan.tail
         tenure.handed_states = {}
         tenure.previous_tokens = tenure.complete_tokens
         for span in refused:
@@ -62,7 +62,8 @@ class StorePlanner:
             if span.cut_tokens is None:
                 tenure.next_chunk[span.group] = min(tenure.next_chunk[span.group], span.chunks.start)
             else:
-                tenure.tail_tokens = span.cut_tokens
+                waiting = tenure.tail.groups if tenure.tail is not None else ()
+                tenure.tail = Tail(span.cut_tokens, (*waiting, span.group))
         tenure.due_tokens = tenure.complete_tokens if refused else next_due_tokens(self._caches, tenure)
 
     def _refused(self, plan: StorePlan, taken: Sequence[PlannedSpan]) -> Sequence[ChunkSpan]:

@@ -7,7 +7,7 @@ from typing import final
 
 from jaxkv.connector.chunks import ChunkedCaches
 from jaxkv.connector.protocols import BlockTables
-from jaxkv.connector.request_state import RequestState, Tenure
+from jaxkv.connector.request_state import RequestState, Tail, Tenure
 from jaxkv.connector.retention import Boundaries, Retention, last_link, prompt_boundaries
 from jaxkv.keys import GroupId
 from jaxkv.offload.base import OffloadPolicy
@@ -52,7 +52,7 @@ class Tenures:
             next_chunk=list(first_chunk),
             limit_tokens=self._limit_tokens(state),
             boundaries=Boundaries(self._retention, points),
-            tail_tokens=self._tail_tokens(state, start),
+            tail=self._tail(state, start),
         )
 
     def skip(self, tenure: Tenure, num_running_tokens: int) -> None:
@@ -64,7 +64,7 @@ class Tenures:
         begun = [-(-num_tokens // group.tokens_per_chunk) for group in self._caches.hit_groups]
         tenure.next_chunk = [max(pair) for pair in zip(tenure.next_chunk, begun, strict=True)]
         tenure.first_chunk = list(tenure.next_chunk)
-        tenure.handed_states, tenure.tail_tokens = {}, None
+        tenure.handed_states, tenure.tail = {}, None
 
     def _first_chunk(self, state: RequestState, start: int, num_external_tokens: int) -> list[int]:
         """Where storing begins: behind what was loaded, which the backend holds, unless it wants all."""
@@ -79,12 +79,18 @@ class Tenures:
             return state.params.store_limit(state.request.num_prompt_tokens)
         return state.params.max_offload_tokens
 
-    def _tail_tokens(self, state: RequestState, start: int) -> int | None:
+    def ask_for_tail(self, tenure: Tenure, end_tokens: int) -> None:
+        """A tail that ends there is to be stored, unless one is that reaches further. Changes ``tenure``."""
+        if tenure.tail is None or tenure.tail.end_tokens < end_tokens:
+            tenure.tail = Tail(end_tokens, self._caches.groups_cut_at(end_tokens))
+
+    def _tail(self, state: RequestState, start: int) -> Tail | None:
         """Where the prompt's last link ends, if inside a chunk, and this request computes and stores it."""
         end, limit = last_link(self._caches, state.request.num_prompt_tokens), self._limit_tokens(state)
         is_inside = end % self._caches.alignment_tokens != 0
         is_stored = limit is None or self._caches.tail_named_at_tokens(end) <= limit
-        return end if is_inside and start < end and is_stored else None
+        is_asked_for = is_inside and start < end and is_stored
+        return Tail(end, self._caches.groups_cut_at(end)) if is_asked_for else None
 
     def _chunks_before(self, num_tokens: int) -> list[int]:
         return [
