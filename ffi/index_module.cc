@@ -128,6 +128,49 @@ class IndexHandle {
                           ToTuple(outcome.evicted));
   }
 
+  // Offers (request, keys), one after another. Answers for each None if it was refused, else what must be
+  // stored: True for all of it, or those keys. Slots come group after group, and within a group in the order
+  // of offers and keys.
+  nb::tuple PrepareStores(nb::sequence offers) {
+    std::vector<std::pair<std::string, Keys>> read;
+    for (nb::handle offer : offers) {
+      read.emplace_back(nb::cast<std::string>(offer[0]), Keys(nb::object(offer[1]), types_));
+    }
+    std::vector<StoreOutcome> outcomes(read.size());
+    Call([&] {
+      for (size_t i = 0; i < read.size() && policies_->first_error == nullptr; ++i) {
+        outcomes[i] = index_.PrepareStore(read[i].first, read[i].second.batch());
+      }
+      if (policies_->first_error == nullptr) return;
+      for (size_t i = 0; i < read.size(); ++i) {
+        if (!outcomes[i].accepted) continue;
+        read[i].second.KeepOnly(outcomes[i].to_store);
+        index_.CompleteStore(read[i].second.batch(), false);
+      }
+    });
+    nb::list answers;
+    std::vector<std::vector<SlotRef>> slots_of_group(index_.num_groups());
+    std::vector<OffloadKey> evicted;
+    for (size_t i = 0; i < read.size(); ++i) {
+      const StoreOutcome& outcome = outcomes[i];
+      const Keys& keys = read[i].second;
+      evicted.insert(evicted.end(), outcome.evicted.begin(), outcome.evicted.end());
+      if (!outcome.accepted) {
+        answers.append(nb::none());
+        continue;
+      }
+      const bool all = outcome.to_store.size() == keys.size();
+      answers.append(all ? nb::object(nb::bool_(true)) : nb::object(keys.ToTupleAt(outcome.to_store)));
+      for (size_t j = 0; j < outcome.to_store.size(); ++j) {
+        slots_of_group[keys.batch().keys[outcome.to_store[j]].group()].push_back(outcome.slots[j]);
+      }
+    }
+    std::vector<SlotRef> slots;
+    for (const auto& group : slots_of_group) slots.insert(slots.end(), group.begin(), group.end());
+    return nb::make_tuple(answers, ToNumpy(slots, &SlotRef::offset), ToNumpy(slots, &SlotRef::epoch),
+                          ToTuple(evicted));
+  }
+
   nb::tuple CompleteStore(nb::handle keys, bool success, bool name_keys) {
     const Keys read(keys, types_);
     Places landed;
@@ -253,6 +296,7 @@ void RegisterIndex(nb::module_& module) {
       .def("prepare_load", &IndexHandle::PrepareLoad, nb::arg("request"), nb::arg("keys"))
       .def("complete_load", &IndexHandle::CompleteLoad, nb::arg("keys"), nb::arg("success"))
       .def("prepare_store", &IndexHandle::PrepareStore, nb::arg("request"), nb::arg("keys"))
+      .def("prepare_stores", &IndexHandle::PrepareStores, nb::arg("offers"))
       .def("complete_store", &IndexHandle::CompleteStore, nb::arg("keys"), nb::arg("success"),
            nb::arg("name_keys"))
       .def("touch", &IndexHandle::Touch, nb::arg("keys"))

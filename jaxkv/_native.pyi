@@ -129,6 +129,17 @@ class ChunkIndex:
         """Whether there is room, the keys to store (``None``: all of them), offsets and epochs of their
         slots, and the keys evicted, which may be some even where there is no room."""
 
+    def prepare_stores(
+        self, offers: Sequence[tuple[str, Collection[OffloadKey]]]
+    ) -> tuple[
+        list[tuple[OffloadKey, ...] | bool | None],
+        npt.NDArray[np.int64],
+        npt.NDArray[np.int64],
+        tuple[OffloadKey, ...],
+    ]:
+        """As ``prepare_store`` for several (request, keys): ``None`` for one that was refused, ``True`` where
+        all keys must be stored, else which; slots group after group, then offer after offer."""
+
     def complete_store(
         self, keys: Collection[OffloadKey], success: bool, name_keys: bool
     ) -> tuple[OffloadKey, ...]:

@@ -348,12 +348,13 @@ def test_refused_chunks_are_offered_again_while_the_request_holds_their_blocks()
     loop = Loop(offload_prompt_only=False, max_step_tokens=STATE_BLOCK)
     manager, real = loop.spec.get_manager(), loop.spec.get_manager().prepare_store
     refusals = iter([None] * 12)
+    manager.prepare_stores = lambda offers: None
     manager.prepare_store = lambda keys, ctx: next(refusals) if next_left(refusals) else real(keys, ctx)
     loop.serve("first", PROMPT, 8)
     assert loop.connector.get_stats().groups[0].stored_chunks == 14
     assert loop.connector.get_stats().groups[1].stored_chunks < 14
     assert skipped(loop, 1)["released"]
-    del manager.prepare_store
+    del manager.prepare_store, manager.prepare_stores
     assert loop.serve("second", PROMPT, 3).host_hits == [HIT]
     loop.close()
 

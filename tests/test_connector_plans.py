@@ -67,7 +67,7 @@ def stored(plan):
     found = {}
     for planned in plan.spans:
         span = planned.span
-        rows = planned.block_ids.reshape(len(span), -1).tolist()
+        rows = np.array(planned.block_ids).reshape(len(span), -1).tolist()
         names = span.chunks if span.cut_tokens is None else [f"cut at {span.cut_tokens}"]
         found.update({(span.group, name): tuple(row) for name, row in zip(names, rows, strict=True)})
     return found
@@ -203,7 +203,7 @@ def test_shrinking_prefixes_get_shorter_and_start_at_the_first_chunk():
     assert sizes == [40, 20, 8, 4]
     assert [len(planned.span) for planned in prefixes[1]] == [5, 5], "no state stands before 40"
     for planned in prefixes[1]:
-        assert planned.block_ids.tolist() == list(range(5))
+        assert planned.block_ids == list(range(5))
         assert planned.span.chunks == range(5)
 
 

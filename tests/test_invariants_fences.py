@@ -75,10 +75,10 @@ def test_invariant_04_blocks_given_back_a_step_ago_are_stored_no_more():
     loop = Loop(config=make_config(NO_STATES), max_step_tokens=16)
     manager = loop.spec.get_manager()
     loop.add("first", PROMPT, 6)
-    real, manager.prepare_store = manager.prepare_store, lambda keys, ctx: None
+    manager.prepare_store, manager.prepare_stores = lambda keys, ctx: None, lambda offers: None
     for _ in range(4):
         loop.step()
-    manager.prepare_store = real
+    del manager.prepare_store, manager.prepare_stores
     loop.run()
     assert skipped(loop, 1)["released"]
     assert loop.serve("short", PROMPT[:21], 2).host_hits == []
@@ -89,14 +89,14 @@ def test_invariant_04_blocks_given_back_by_a_request_that_is_left_out_of_a_step_
     loop = Loop(config=make_config(NO_STATES), max_step_tokens=16)
     manager = loop.spec.get_manager()
     first = loop.add("first", PROMPT[:33], 6)
-    real, manager.prepare_store = manager.prepare_store, lambda keys, ctx: None
+    manager.prepare_store, manager.prepare_stores = lambda keys, ctx: None, lambda offers: None
     loop.step()
     loop.step()
     loop.skip_window(first)
     loop.running.remove(first)
     loop.add("other", OTHER[:20], 9)
     loop.step()
-    manager.prepare_store = real
+    del manager.prepare_store, manager.prepare_stores
     loop.running.append(first)
     loop.run()
     assert skipped(loop, 1)["released"]

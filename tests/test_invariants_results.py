@@ -110,10 +110,10 @@ def test_invariant_15_counters_say_why_a_chunk_was_not_stored():
     assert skipped(loop, 2) == {"no_state": 3, "unreachable": 2}
     loop.serve("second", PROMPT, kv_transfer_params={"offload_policy": "request_level"})
     assert skipped(loop, 0) == {"held": 12}
-    real = loop.spec.get_manager().prepare_store
     loop.spec.get_manager().prepare_store = lambda keys, ctx: None
+    loop.spec.get_manager().prepare_stores = lambda offers: None
     loop.serve("third", [1, *PROMPT[:20]])
-    loop.spec.get_manager().prepare_store = real
+    del loop.spec.get_manager().prepare_store, loop.spec.get_manager().prepare_stores
     assert skipped(loop, 0)["refused"] >= 5
     loop.close()
 

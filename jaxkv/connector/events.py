@@ -96,19 +96,19 @@ class EventLog:
         self._is_enabled = enabled
         self._describes = enabled and self_describing
         self._taken_early: list[KVCacheEvent] = []
-        self._under_way: dict[JobId, _Store] = {}
+        self._under_way: dict[JobId, list[_Store]] = {}
         self._ended: list[_Store] = []
 
     def store_started(self, job_id: JobId, request: Request, keys: KeyRuns) -> None:
-        """A job will store chunks of ``request``: some or all of ``keys``."""
+        """A job will store chunks of ``request``, perhaps of others too: some or all of ``keys``."""
         if self._describes:
-            self._under_way[job_id] = _Store(request, keys)
+            self._under_way.setdefault(job_id, []).append(_Store(request, keys))
 
     def store_ended(self, job_id: JobId, *, success: bool) -> None:
         """The job is over. To be called for each that was started, before its events are taken."""
-        store = self._under_way.pop(job_id, None)
-        if store is not None and success:
-            self._ended.append(store)
+        stores = self._under_way.pop(job_id, ())
+        if success:
+            self._ended += stores
 
     def reset(self, manager: OffloadingManager) -> None:
         """Reset the cache of ``manager``; of all that this removes one event tells."""

@@ -228,14 +228,12 @@ class OffloadingScheduler:
     def _plan_stores(self) -> tuple[TransferJob, ...]:
         """Plan for everyone who is due; who is refused stays due."""
         due, self._due = self._due, {}
-        jobs = []
         for tenure in due:
             if tenure.ctx.req_id not in self._last_step:
                 # A step went by without it, or broke off: what it gave back then may be overwritten.
                 tenure.previous_tokens = tenure.complete_tokens
-            job = self._stores.plan(tenure) if tenure.running else None
-            if job is not None:
-                jobs.append(job)
+        jobs = self._stores.plan(tenure for tenure in due if tenure.running)
+        for tenure in due:
             if tenure.is_due and not tenure.has_ended:
                 self._due[tenure] = None
         return tuple(jobs)

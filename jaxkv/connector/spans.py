@@ -43,7 +43,7 @@ class PlannedSpan:
     """
 
     span: ChunkSpan
-    block_ids: BlockIds
+    block_ids: Sequence[int]
 
 
 def whole_span(

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import assert_never, final
 
-import numpy as np
-
 from jaxkv.connector.chunks import ChunkedCaches
 from jaxkv.connector.request_state import Tail, Tenure
 from jaxkv.connector.retention import Boundaries
@@ -175,10 +173,10 @@ class _Planning:
         caches, table = self._caches, self._tenure.tables[group]
         if not (caches.reads_whole_chunks[group] and self._boundaries.retention.keeps_all[group]):
             return False
-        held = table[chunks.start : chunks.stop]
-        if len(held) < len(chunks) or None in held:
+        held = [block for block in table[chunks.start : chunks.stop] if block is not None]
+        if len(held) < len(chunks):
             return False
-        self._plan.spans.append(PlannedSpan(self._whole(group, chunks), np.array(held, np.int32)))
+        self._plan.spans.append(PlannedSpan(self._whole(group, chunks), held))
         return True
 
     def _whole(self, group: GroupId, chunks: range) -> ChunkSpan:
@@ -267,4 +265,4 @@ class _Planning:
         handed = tenure.handed_states.get((span.group, end_tokens_of(caches, span)))
         if handed is not None:
             ids[payload_blocks(caches, span)[-1] - first] = handed
-        self._plan.spans.append(PlannedSpan(span, ids))
+        self._plan.spans.append(PlannedSpan(span, ids.tolist()))

@@ -1,9 +1,14 @@
-"""Turns store plans into jobs: finds room for what became complete and remembers what was refused."""
+"""Turns store plans into jobs: finds room for what became complete and remembers what was refused.
+
+All stores of a step are one job where the backend takes them together: a program call for each group, however
+many requests have something to store.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import final
 
 import numpy as np
@@ -21,12 +26,22 @@ from jaxkv.connector.store_plan import (
     plan_stores,
 )
 from jaxkv.keys import KeyRuns, OffloadKey
-from jaxkv.offload.base import OffloadingManager, PrepareStoreOutput, TransferJob
+from jaxkv.offload.base import LoadStoreSpec, OffloadingManager, TransferJob
+
+
+@final
+@dataclass(slots=True, eq=False)
+class _Offer:
+    """Chunks of one request that the backend is asked to take. Not to be changed."""
+
+    tenure: Tenure
+    spans: Sequence[PlannedSpan]
+    keys: KeyRuns
 
 
 @final
 class StorePlanner:
-    """Plans the stores of one request at a time; what the manager refuses is offered again the next time."""
+    """Plans the stores of a step; what the manager refuses is offered again the next time."""
 
     def __init__(
         self,
@@ -42,14 +57,53 @@ class StorePlanner:
         self._metrics = metrics
         self._events = events
 
-    def plan(self, tenure: Tenure) -> TransferJob | None:
-        """The job that stores the chunks which became complete; ``None`` where there is nothing to write."""
-        plan = plan_stores(self._caches, tenure)
-        for (group, reason), num_chunks in plan.skipped.items():
-            self._metrics.skipped(group, reason, num_chunks)
-        taken, keys, output = self._make_room(tenure, plan)
-        self._advance(tenure, plan, self._refused(plan, taken))
-        return self._start_job(tenure, taken, keys, output) if output is not None else None
+    def plan(self, tenures: Iterable[Tenure]) -> list[TransferJob]:
+        """The jobs that store the chunks which became complete."""
+        offers: list[tuple[_Offer, StorePlan]] = []
+        for tenure in tenures:
+            plan = plan_stores(self._caches, tenure)
+            for (group, reason), num_chunks in plan.skipped.items():
+                self._metrics.skipped(group, reason, num_chunks)
+            if plan.spans:
+                offers.append((_offer(tenure, plan.spans), plan))
+            else:
+                self._advance(tenure, plan, ())
+        return self._store_together(offers) if offers else []
+
+    def _store_together(self, offers: Sequence[tuple[_Offer, StorePlan]]) -> list[TransferJob]:
+        output = self._manager.prepare_stores([(offer.keys, offer.tenure.ctx) for offer, _ in offers])
+        if output is None:
+            return [job for offer, plan in offers for job in self._store_alone(offer, plan)]
+        self._note_evicted(output.evicted_keys)
+        jobs: list[TransferJob] = []
+        taken: list[tuple[_Offer, Sequence[OffloadKey]]] = []
+        for (offer, plan), keys_to_store in zip(offers, output.keys_to_store, strict=True):
+            if keys_to_store is None:
+                jobs += self._store_some(offer.tenure, plan)
+            else:
+                self._advance(offer.tenure, plan, ())
+                taken.append((offer, keys_to_store))
+        return [*jobs, *self._start_job(taken, output.store_spec)]
+
+    def _store_alone(self, offer: _Offer, plan: StorePlan) -> list[TransferJob]:
+        output = self._manager.prepare_store(offer.keys, offer.tenure.ctx)
+        if output is None:
+            return self._store_some(offer.tenure, plan)
+        self._note_evicted(output.evicted_keys)
+        self._advance(offer.tenure, plan, ())
+        return self._start_job([(offer, output.keys_to_store)], output.store_spec)
+
+    def _store_some(self, tenure: Tenure, plan: StorePlan) -> list[TransferJob]:
+        """What the manager refused as a whole: the longest prefix of it that it takes."""
+        for prefix in islice(shrinking_prefixes(self._caches, plan.spans), 1, None):
+            offer = _offer(tenure, prefix)
+            output = self._manager.prepare_store(offer.keys, tenure.ctx)
+            if output is not None:
+                self._note_evicted(output.evicted_keys)
+                self._advance(tenure, plan, _refused(plan, prefix))
+                return self._start_job([(offer, output.keys_to_store)], output.store_spec)
+        self._advance(tenure, plan, _refused(plan, ()))
+        return []
 
     def _advance(self, tenure: Tenure, plan: StorePlan, refused: Sequence[ChunkSpan]) -> None:
         """Go on behind what was taken; what was refused is offered again, from the first such chunk on."""
@@ -66,58 +120,69 @@ class StorePlanner:
                 tenure.tail = Tail(span.cut_tokens, (*waiting, span.group))
         tenure.due_tokens = tenure.complete_tokens if refused else next_due_tokens(self._caches, tenure)
 
-    def _refused(self, plan: StorePlan, taken: Sequence[PlannedSpan]) -> Sequence[ChunkSpan]:
-        """What of the plan was not taken: spans as a whole, or from some chunk on."""
-        if taken is plan.spans:
-            return ()
-        kept = {(part.span.group, part.span.chunks.start, part.span.cut_tokens): part.span for part in taken}
-        refused = []
-        for planned in plan.spans:
-            span = planned.span
-            part = kept.get((span.group, span.chunks.start, span.cut_tokens))
-            num_kept = 0 if part is None else len(part)
-            if num_kept < len(span):
-                refused.append(replace(span, chunks=span.chunks[num_kept:], keys=span.keys[num_kept:]))
-        return refused
-
-    def _make_room(
-        self, tenure: Tenure, plan: StorePlan
-    ) -> tuple[Sequence[PlannedSpan], KeyRuns, PrepareStoreOutput | None]:
-        """The longest prefix of the plan that the manager takes, and its keys."""
-        for prefix in shrinking_prefixes(self._caches, plan.spans):
-            keys = KeyRuns([planned.span.keys for planned in prefix])
-            output = self._manager.prepare_store(keys, tenure.ctx)
-            if output is not None:
-                return prefix, keys, output
-        return (), KeyRuns(()), None
-
     def _start_job(
-        self, tenure: Tenure, taken: Sequence[PlannedSpan], keys: KeyRuns, output: PrepareStoreOutput
-    ) -> TransferJob | None:
-        to_store: Sequence[OffloadKey] = keys
-        if output.evicted_keys:
-            self._metrics.evicted(output.evicted_keys)
-        if not output.keys_to_store:
-            self._note_held(taken)
-            return None
-        if len(output.keys_to_store) < len(keys):
-            to_store = output.keys_to_store
-            taken = self._without_held(taken, set(to_store))
-        blocks = device_blocks([(planned.span.group, planned.block_ids) for planned in taken])
-        job = self._jobs.start(JobKind.STORE, tenure.ctx, to_store, blocks, output.store_spec)
-        self._events.store_started(job.job_id, tenure.request, keys)
-        return job
+        self, taken: Sequence[tuple[_Offer, Sequence[OffloadKey]]], spec: LoadStoreSpec
+    ) -> list[TransferJob]:
+        """One job for all that must be written; none where the backend holds everything already."""
+        parts, keys = [], []
+        writing: list[_Offer] = []
+        for offer, keys_to_store in taken:
+            spans = offer.spans
+            if not keys_to_store:
+                self._note_held(spans)
+                continue
+            if len(keys_to_store) < len(offer.keys):
+                spans = self._without_held(spans, set(keys_to_store))
+            writing.append(offer)
+            keys.append(keys_to_store)
+            parts += [(planned.span.group, planned.block_ids) for planned in spans]
+        if not writing:
+            return []
+        all_keys = keys[0] if len(keys) == 1 else _join(keys)
+        job = self._jobs.start(JobKind.STORE, writing[0].tenure.ctx, all_keys, device_blocks(parts), spec)
+        for offer in writing:
+            self._events.store_started(job.job_id, offer.tenure.request, offer.keys)
+        return [job]
 
-    def _without_held(self, taken: Sequence[PlannedSpan], to_store: set[OffloadKey]) -> Sequence[PlannedSpan]:
+    def _without_held(self, spans: Sequence[PlannedSpan], to_store: set[OffloadKey]) -> Sequence[PlannedSpan]:
         """The spans' blocks less those of chunks the backend has already."""
         left = []
-        for planned in taken:
+        for planned in spans:
             wanted = np.fromiter((key in to_store for key in planned.span.keys), bool, len(planned.span))
-            ids = planned.block_ids.reshape(len(planned.span), -1)[wanted]
-            left.append(PlannedSpan(planned.span, ids.reshape(-1)))
+            ids = np.array(planned.block_ids).reshape(len(planned.span), -1)[wanted]
+            left.append(PlannedSpan(planned.span, ids.reshape(-1).tolist()))
             self._metrics.skipped(planned.span.group, SkipReason.HELD, int(np.count_nonzero(~wanted)))
         return left
 
-    def _note_held(self, taken: Sequence[PlannedSpan]) -> None:
-        for planned in taken:
+    def _note_held(self, spans: Sequence[PlannedSpan]) -> None:
+        for planned in spans:
             self._metrics.skipped(planned.span.group, SkipReason.HELD, len(planned.span))
+
+    def _note_evicted(self, keys: Sequence[OffloadKey]) -> None:
+        if keys:
+            self._metrics.evicted(keys)
+
+
+def _offer(tenure: Tenure, spans: Sequence[PlannedSpan]) -> _Offer:
+    return _Offer(tenure, spans, KeyRuns([planned.span.keys for planned in spans]))
+
+
+def _join(keys: Sequence[Sequence[OffloadKey]]) -> Sequence[OffloadKey]:
+    """Keys of several requests as one collection, without making them where they are runs."""
+    runs = [run for part in keys if isinstance(part, KeyRuns) for run in part.runs]
+    if all(isinstance(part, KeyRuns) for part in keys):
+        return KeyRuns(runs)
+    return [key for part in keys for key in part]
+
+
+def _refused(plan: StorePlan, taken: Sequence[PlannedSpan]) -> Sequence[ChunkSpan]:
+    """What of the plan was not taken: spans as a whole, or from some chunk on."""
+    kept = {(part.span.group, part.span.chunks.start, part.span.cut_tokens): part.span for part in taken}
+    refused = []
+    for planned in plan.spans:
+        span = planned.span
+        part = kept.get((span.group, span.chunks.start, span.cut_tokens))
+        num_kept = 0 if part is None else len(part)
+        if num_kept < len(span):
+            refused.append(replace(span, chunks=span.chunks[num_kept:], keys=span.keys[num_kept:]))
+    return refused

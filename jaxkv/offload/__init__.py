@@ -13,6 +13,7 @@ from jaxkv.offload.base import (
     PrefixLookup,
     PrepareStoreOutput,
     ReqContext,
+    StepStoreOutput,
     TransferJob,
 )
 from jaxkv.offload.factory import make_offloading_spec
@@ -34,6 +35,7 @@ __all__ = [
     "PrefixLookup",
     "PrepareStoreOutput",
     "ReqContext",
+    "StepStoreOutput",
     "TransferJob",
     "make_offloading_spec",
 ]

@@ -96,6 +96,21 @@ class PrepareStoreOutput:
 
 @final
 @dataclass(frozen=True, slots=True)
+class StepStoreOutput:
+    """What became of the stores that a step offers together; they become one job.
+
+    ``keys_to_store`` has an entry for each offer: the keys that must be written, in offered order, or
+    ``None`` where there was no room. ``store_spec`` is the place of all of them: group after group, and
+    within a group in the order of the offers.
+    """
+
+    keys_to_store: Sequence[Sequence[OffloadKey] | None]
+    store_spec: LoadStoreSpec
+    evicted_keys: Sequence[OffloadKey]
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class OffloadingEvent:
     """Keys that became loadable (``removed=False``) or are no longer (vLLM: ``OffloadingEvent``)."""
 
@@ -124,6 +139,8 @@ class DeviceBlocks:
 @dataclass(frozen=True, slots=True)
 class TransferJob:
     """One store or load: device blocks by group, and the backend's place for the chunks in the same order.
+
+    A load is of one request; a store may be of several, and names the first.
 
     The chunks of ``spec`` are ordered group after group as in ``blocks``, ``blocks_per_chunk`` blocks each.
     """
@@ -191,6 +208,16 @@ class OffloadingManager(ABC):
         Nothing in flight is evicted, nor any of ``keys``. Until ``complete_store`` the chunks answer
         ``HIT_PENDING``.
         """
+
+    def prepare_stores(
+        self, offers: Sequence[tuple[Sequence[OffloadKey], ReqContext]]
+    ) -> StepStoreOutput | None:
+        """``prepare_store`` for all requests of a step, one after another, with one place for all.
+
+        ``complete_store`` is called once for all that was accepted, on behalf of the first request. ``None``,
+        the default, asks for one ``prepare_store`` and one job for each request instead.
+        """
+        return None
 
     @abstractmethod
     def complete_store(self, keys: Collection[OffloadKey], ctx: ReqContext, *, success: bool = True) -> None:

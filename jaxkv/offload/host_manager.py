@@ -20,6 +20,7 @@ from jaxkv.offload.base import (
     PrefixLookup,
     PrepareStoreOutput,
     ReqContext,
+    StepStoreOutput,
 )
 from jaxkv.offload.policies import MakePolicy, find_policy
 from jaxkv.offload.slots import SlotPool
@@ -153,6 +154,14 @@ class HostOffloadingManager(OffloadingManager):
         to_store = whole if some is None else some
         return PrepareStoreOutput(to_store, HostSlots(offsets, epochs, self._slot_bytes), evicted)
 
+    def prepare_stores(self, offers: Sequence[tuple[Sequence[OffloadKey], ReqContext]]) -> StepStoreOutput:
+        """See ``OffloadingManager``."""
+        asked = [(ctx.req_id, keys) for keys, ctx in offers]
+        answers, offsets, epochs, evicted = self._index.prepare_stores(asked)
+        self._emit(evicted, removed=True)
+        to_store = [_chosen(keys, answer) for (keys, _), answer in zip(offers, answers, strict=True)]
+        return StepStoreOutput(to_store, HostSlots(offsets, epochs, self._slot_bytes), evicted)
+
     def complete_store(self, keys: Collection[OffloadKey], ctx: ReqContext, *, success: bool = True) -> None:
         """See ``OffloadingManager``."""
         landed = self._index.complete_store(keys, success, self._events is not None)
@@ -205,3 +214,12 @@ class HostOffloadingManager(OffloadingManager):
 
 def _to_lookup(num_found: int, readable: bool) -> PrefixLookup:
     return PrefixLookup(num_found, LookupResult.HIT if readable else LookupResult.HIT_PENDING)
+
+
+def _chosen(
+    offered: Sequence[OffloadKey], answer: tuple[OffloadKey, ...] | bool | None
+) -> Sequence[OffloadKey] | None:
+    """The keys to store out of those offered: nearly always all, and then runs are handed on as they are."""
+    if isinstance(answer, bool):
+        return offered
+    return answer
