@@ -46,13 +46,17 @@ class ChunkedCaches:
     tokens_per_hash: int = field(init=False)
     lookahead_tokens: int = field(init=False)
     reads_whole_chunks: tuple[bool, ...] = field(init=False)
+    groups: tuple[GroupId, ...] = field(init=False)
     _lookahead: tuple[int, ...] = field(init=False)
+    _chunk_tokens: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.blocks_per_chunk < 1:
             raise ConfigError(f"blocks_per_chunk must be at least 1, got {self.blocks_per_chunk}")
         groups = tuple(HitGroup(g.spec, g.block_size * self.blocks_per_chunk) for g in self.config.groups)
         object.__setattr__(self, "hit_groups", groups)
+        object.__setattr__(self, "groups", tuple(map(GroupId, range(len(groups)))))
+        object.__setattr__(self, "_chunk_tokens", tuple(group.tokens_per_chunk for group in groups))
         object.__setattr__(self, "alignment_tokens", math.lcm(*(group.tokens_per_chunk for group in groups)))
         object.__setattr__(self, "tokens_per_hash", self.config.hash_block_size)
         object.__setattr__(self, "_lookahead", tuple(int(g.is_eagle_group) for g in self.config.groups))
@@ -76,7 +80,7 @@ class ChunkedCaches:
 
     def tokens_per_chunk(self, group: GroupId) -> int:
         """Tokens of one chunk."""
-        return self.hit_groups[group].tokens_per_chunk
+        return self._chunk_tokens[group]
 
     def named_at_tokens(self, group: GroupId, end_tokens: int) -> int:
         """Tokens that must be computed before a chunk that ends at ``end_tokens`` is final and has a name."""
@@ -97,17 +101,16 @@ class ChunkedCaches:
 
     def chunk_named_at_tokens(self, group: GroupId, chunk: int) -> int:
         """As ``named_at_tokens`` for the end of a whole chunk."""
-        end_tokens = (chunk + 1) * self.hit_groups[group].tokens_per_chunk
-        return end_tokens + self._lookahead[group] * self.tokens_per_hash
+        return (chunk + 1) * self._chunk_tokens[group] + self._lookahead[group] * self.tokens_per_hash
 
     def num_named_chunks(self, group: GroupId, num_tokens: int) -> int:
         """Whole chunks of ``group`` that have a name once ``num_tokens`` tokens are computed."""
         named = num_tokens - self._lookahead[group] * self.tokens_per_hash
-        return max(0, named // self.tokens_per_chunk(group))
+        return max(0, named // self._chunk_tokens[group])
 
     def keys(self, block_hashes: Sequence[BlockHash], group: GroupId, chunks: range) -> KeyRun:
         """Keys of neighbouring whole chunks that have names."""
-        step = self.tokens_per_chunk(group) // self.tokens_per_hash
+        step = self._chunk_tokens[group] // self.tokens_per_hash
         first = (chunks.start + 1) * step - 1 + self._lookahead[group]
         return KeyRun(block_hashes, group, first, step, len(chunks))
 

@@ -66,6 +66,12 @@ class Tenure:
         """A step of so many tokens ran. Answers whether there is something to store now."""
         self.running = True
         self.previous_tokens = self.complete_tokens
+        reached = self.complete_tokens + num_scheduled_tokens
+        if (
+            self.request.num_computed_tokens == reached
+        ):  # Nearly always: nothing was drafted, or all accepted.
+            self.complete_tokens = reached
+            return self.due_tokens is not None and reached >= self.due_tokens
         self.unconfirmed_tokens = num_scheduled_tokens
         return self.confirm()
 

@@ -78,7 +78,7 @@ def plan_stores(caches: ChunkedCaches, tenure: Tenure) -> StorePlan:
 def next_due_tokens(caches: ChunkedCaches, tenure: Tenure) -> int | None:
     """Tokens that must be complete before more can be stored; ``None`` if nothing ever can."""
     limit, due = tenure.limit_tokens, None
-    ends = [caches.chunk_named_at_tokens(GroupId(g), first) for g, first in enumerate(tenure.next_chunk)]
+    ends = list(map(caches.chunk_named_at_tokens, caches.groups, tenure.next_chunk))
     if tenure.tail is not None:
         ends += [caches.named_at_tokens(group, tenure.tail.end_tokens) for group in tenure.tail.groups]
     for end in ends:
@@ -105,8 +105,7 @@ class _Planning:
         horizon = self._horizon
         tail = self._plan_tail(tenure.tail) if tenure.tail is not None else {}
         last = self._last_boundary() if tenure.has_ended else None
-        for index, first in enumerate(tenure.next_chunk):
-            group = GroupId(index)
+        for group, first in zip(caches.groups, tenure.next_chunk, strict=True):
             if last is not None:
                 self._plan_passed(group, last)
             end = max(first, caches.num_named_chunks(group, horizon))
@@ -134,6 +133,8 @@ class _Planning:
     def _standing_states(self, group: GroupId, chunks: range) -> Sequence[int]:
         """Those of ``chunks``, and of those handed over, at whose end a recurrent state is on the device."""
         tenure, size = self._tenure, self._caches.tokens_per_chunk(group)
+        if not tenure.handed_states and len(chunks) == 1 and chunks.stop * size == tenure.complete_tokens:
+            return chunks
         ends = {end for end in (tenure.previous_tokens, tenure.complete_tokens) if end // size - 1 in chunks}
         ends |= {end for owner, end in tenure.handed_states if owner == group and end <= self._horizon}
         standing = [end // size - 1 for end in sorted(ends) if end and end % size == 0]
@@ -144,7 +145,10 @@ class _Planning:
     def _not_given_back(self, group: GroupId, chunks: range) -> Sequence[int]:
         """Chunks less those of which every block went back before the last step."""
         spec, size = self._caches.config.groups[group].spec, self._caches.blocks_per_chunk
-        given_back = unread_blocks(spec, self._tenure.previous_tokens)
+        previous, start = self._tenure.previous_tokens, chunks.start * self._caches.tokens_per_chunk(group)
+        if isinstance(spec, SlidingWindowSpec) and start >= previous - spec.sliding_window:
+            return chunks
+        given_back = unread_blocks(spec, previous)
         first, end = -(-given_back.start // size), given_back.stop // size
         gone = range(max(first, chunks.start), min(end, chunks.stop))
         if not gone:
@@ -176,7 +180,8 @@ class _Planning:
         held = [block for block in table[chunks.start : chunks.stop] if block is not None]
         if len(held) < len(chunks):
             return False
-        self._plan.spans.append(PlannedSpan(self._whole(group, chunks), held))
+        keys = caches.keys(self._tenure.request.block_hashes, group, chunks)
+        self._plan.spans.append(PlannedSpan(ChunkSpan(group, chunks, keys), held))
         return True
 
     def _whole(self, group: GroupId, chunks: range) -> ChunkSpan:
