@@ -9,7 +9,7 @@ not.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import assert_never, final
 
@@ -64,9 +64,9 @@ class StorePlan:
     ``next_chunk`` and ``tail`` are where to go on if all of ``spans`` are taken.
     """
 
-    spans: list[PlannedSpan] = field(default_factory=list)
-    skipped: Skipped = field(default_factory=dict)
-    next_chunk: list[int] = field(default_factory=list)
+    spans: list[PlannedSpan]
+    skipped: Skipped
+    next_chunk: list[int]
     tail: Tail | None = None
 
 
@@ -95,7 +95,7 @@ class _Planning:
         self._caches = caches
         self._tenure = tenure
         self._boundaries = tenure.boundaries
-        self._plan = StorePlan()
+        self._plan = StorePlan([], {}, [])
         self._horizon = min(tenure.complete_tokens, caches.hashed_tokens(tenure.request.block_hashes))
         if tenure.limit_tokens is not None:
             self._horizon = min(self._horizon, tenure.limit_tokens)
