@@ -104,10 +104,10 @@ class _Planning:
         caches, tenure, plan = self._caches, self._tenure, self._plan
         horizon = self._horizon
         tail = self._plan_tail(tenure.tail) if tenure.tail is not None else {}
-        last = self._last_boundary() if tenure.has_ended else None
+        ends = self._further_boundaries() if tenure.has_ended or tenure.tail is not None else ()
         for group, first in zip(caches.groups, tenure.next_chunk, strict=True):
-            if last is not None:
-                self._plan_passed(group, last)
+            if ends:
+                self._plan_passed(group, ends)
             end = max(first, caches.num_named_chunks(group, horizon))
             if end > first:
                 self._plan_group(group, range(first, end))
@@ -232,29 +232,40 @@ class _Planning:
             self._plan.tail = Tail(end, tuple(group for group in tail.groups if group not in spans))
         return spans
 
-    def _last_boundary(self) -> int | None:
-        """Where the request ended, if chunks are needed there that no other boundary needs.
+    def _further_boundaries(self) -> Sequence[int]:
+        """Where the request ended and where its tail does, if chunks are needed there that none other needs.
 
-        From now on it counts as a boundary.
+        From now on they count as boundaries.
         """
-        named = self._horizon - self._caches.lookahead_tokens
-        last = named - named % self._caches.alignment_tokens
-        retention, points = self._boundaries.retention, self._boundaries.points
-        if last <= 0 or last in points or retention.next_boundary(last) == last:
-            return None
-        self._boundaries = Boundaries(retention, (*points, last))
-        return last
+        tenure, retention, points = self._tenure, self._boundaries.retention, self._boundaries.points
+        ends = set()
+        if tenure.has_ended:
+            named = self._horizon - self._caches.lookahead_tokens
+            last = named - named % self._caches.alignment_tokens
+            if last > 0 and retention.next_boundary(last) != last:
+                ends.add(last)
+        if tenure.tail is not None and tenure.tail.end_tokens <= self._horizon:
+            ends.add(tenure.tail.end_tokens)
+        ends.difference_update(points)
+        if ends:
+            self._boundaries = Boundaries(retention, (*points, *ends))
+        return sorted(ends)
 
-    def _plan_passed(self, group: GroupId, boundary: int) -> None:
-        """What only the boundary at which the request ended needs of chunks that were passed over before."""
+    def _plan_passed(self, group: GroupId, boundaries: Sequence[int]) -> None:
+        """What only ``boundaries`` need of chunks that were passed over before."""
         tenure, hit_group = self._tenure, self._caches.hit_groups[group]
         if tenure.boundaries.retention.keeps_all[group]:
             return
         passed = range(tenure.first_chunk[group], tenure.next_chunk[group])
-        for needed in required_chunks(hit_group, boundary):
-            for chunk in range(max(needed.start, passed.start), min(needed.stop, passed.stop)):
-                if not tenure.boundaries.needs(hit_group, chunk):
-                    self._plan_chunks(group, (chunk,))
+        needed = {
+            chunk
+            for boundary in boundaries
+            for chunks in required_chunks(hit_group, boundary)
+            for chunk in range(max(chunks.start, passed.start), min(chunks.stop, passed.stop))
+        }
+        self._plan_chunks(
+            group, [chunk for chunk in sorted(needed) if not tenure.boundaries.needs(hit_group, chunk)]
+        )
 
     def _skip(self, group: GroupId, reason: SkipReason, num_chunks: int) -> None:
         if num_chunks:
