@@ -53,6 +53,17 @@ def test_states_a_model_emits_on_its_way_through_a_long_step_can_be_hit():
     loop.close()
 
 
+def test_states_of_neighbouring_chunks_can_be_handed_over_together():
+    loop = EmittingLoop(emit_at=(8, 16, 24, 40), max_step_tokens=64)
+    first = loop.serve("first", PROMPT)
+    assert held(loop, first, STATE) == {8, 16, 24, 40, 48}
+    for length, hit in ((10, 8), (20, 16), (30, 24), (42, 40)):
+        name = f"{length} tokens"
+        assert loop.serve(name, PROMPT[:length], 3).host_hits == [hit]
+        assert loop.outputs[name] == expected_output(PROMPT[:length], 3)
+    loop.close()
+
+
 @pytest.mark.parametrize("blocks_per_chunk", [1, 2])
 def test_a_handed_state_between_the_links_of_a_chunk_asks_for_a_tail(blocks_per_chunk):
     """One step of 46 tokens, links of 4: its state at 44 was copied before the step wrote on."""

@@ -20,6 +20,7 @@ from jaxkv.connector.spans import (
     ChunkSpan,
     PlannedSpan,
     block_ids,
+    chunk_ends,
     end_tokens_of,
     payload_blocks,
     tail_span,
@@ -278,7 +279,7 @@ class _Planning:
         first = caches.blocks(span.chunks).start
         for unread in unread_at_ends(caches, span):
             ids[max(0, unread.start - first) : max(0, unread.stop - first)] = -1
-        handed = tenure.handed_states.get((span.group, end_tokens_of(caches, span)))
-        if handed is not None:
-            ids[payload_blocks(caches, span)[-1] - first] = handed
+        if tenure.handed_states and caches.is_state(span.group):
+            for position, end in zip(payload_blocks(caches, span), chunk_ends(caches, span), strict=True):
+                ids[position - first] = tenure.handed_states.get((span.group, end), ids[position - first])
         self._plan.spans.append(PlannedSpan(span, ids.tolist()))
