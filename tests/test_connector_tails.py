@@ -4,7 +4,7 @@ import pytest
 from connector_loop import Loop, expected_output
 from engine_loop import LAYERS, EngineLoop
 from loop_model import make_config
-from loop_tools import held, holds, skipped
+from loop_tools import held, holds, no_room, skipped
 from toy_model import random_prompt
 
 PROMPT = list(range(100, 150))
@@ -72,14 +72,12 @@ def test_a_tail_is_kept_beside_the_whole_chunk_that_begins_alike():
 
 def test_a_refused_tail_is_offered_again_while_its_blocks_are_held():
     loop = Loop(config=make_config(PLAIN, tokens_per_hash=2), max_step_tokens=64)
-    manager = loop.spec.get_manager()
-    real, manager.prepare_store = manager.prepare_store, lambda keys, ctx: None
     first = loop.add("first", PROMPT[:47], 4)
-    for _ in range(3):
-        loop.step()
+    with no_room(loop):
+        for _ in range(3):
+            loop.step()
     assert skipped(loop, 0)["refused"]
     assert not holds(loop, first, 0, 46)
-    manager.prepare_store = real
     loop.run()
     assert loop.serve("second", PROMPT[:47], 3).host_hits == [46]
     assert loop.outputs["second"] == expected_output(PROMPT[:47], 3)
@@ -88,12 +86,10 @@ def test_a_refused_tail_is_offered_again_while_its_blocks_are_held():
 
 def test_a_refused_tail_whose_window_has_passed_is_given_up():
     loop = Loop(config=make_config(PLAIN, tokens_per_hash=2), max_step_tokens=64)
-    manager = loop.spec.get_manager()
-    real, manager.prepare_store = manager.prepare_store, lambda keys, ctx: None
     first = loop.add("first", PROMPT[:47], 20)
-    for _ in range(16):
-        loop.step()
-    manager.prepare_store = real
+    with no_room(loop):
+        for _ in range(16):
+            loop.step()
     loop.run()
     assert not holds(loop, first, 1, 46)
     assert loop.serve("second", PROMPT[:47], 3).host_hits == []
@@ -115,12 +111,10 @@ def test_a_tail_of_a_state_needs_a_step_that_ended_there(cuts, hit):
 def test_a_refused_tail_with_a_state_that_was_overwritten_since_is_given_up():
     loop = Loop(max_step_tokens=64)
     loop.cuts_at_boundaries = True
-    manager = loop.spec.get_manager()
-    real, manager.prepare_store = manager.prepare_store, lambda keys, ctx: None
     loop.add("first", PROMPT[:46], 6)
-    for _ in range(4):
-        loop.step()
-    manager.prepare_store = real
+    with no_room(loop):
+        for _ in range(4):
+            loop.step()
     loop.run()
     assert skipped(loop, 2)["no_state"]
     assert loop.serve("second", PROMPT[:46], 3).host_hits == []
