@@ -138,6 +138,34 @@ def test_the_tail_of_a_finished_request_counts_also_where_no_state_before_it_was
     loop.close()
 
 
+@pytest.mark.parametrize("num_new", [4, 8, 12])
+@pytest.mark.parametrize("retention_interval", [None, 0])
+def test_a_state_at_a_chunk_that_was_passed_over_is_stored_when_it_is_handed_over_at_the_end(
+    num_new, retention_interval
+):
+    """It is at 32 tokens; the request ends 1, 5 or 9 tokens later, in the last case with another chunk."""
+    loop = Loop(offload_prompt_only=False, retention_interval=retention_interval, max_step_tokens=64)
+    offered, manager = [], loop.spec.get_manager()
+    real = manager.prepare_stores
+    manager.prepare_stores = lambda offers: offered.append([list(keys) for keys, _ in offers]) or real(offers)
+    tokens = finish_with_tail(loop, "first", PROMPT[:30], 32, num_new)
+    assert all(len(set(keys)) == len(keys) for offers in offered for keys in offers), "nothing twice"
+    turn = [*tokens[:33], 1, 2, 3]
+    hits = loop.serve("second", turn, 3).host_hits
+    assert hits == ([32] if num_new < 12 or retention_interval is None else [24])
+    assert loop.outputs["second"] == expected_output(turn, 3)
+    loop.close()
+
+
+def test_a_state_before_everything_that_is_new_is_stored_when_it_is_handed_over():
+    """Nothing became complete since it was passed over: the state alone is stored."""
+    loop = Loop(max_step_tokens=64)
+    finish_with_tail(loop, "first", PROMPT[:30], 16, 4)
+    assert loop.serve("second", PROMPT[:20], 3).host_hits == [16]
+    assert loop.outputs["second"] == expected_output(PROMPT[:20], 3)
+    loop.close()
+
+
 def test_a_tail_of_generated_tokens_is_not_stored_where_only_prompts_are():
     loop = Loop(max_step_tokens=64)
     tokens = finish_with_tail(loop, "first", PROMPT[:30], 36, 8)

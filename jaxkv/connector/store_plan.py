@@ -110,7 +110,7 @@ class _Planning:
             if ends:
                 self._plan_passed(group, ends)
             end = max(first, caches.num_named_chunks(group, horizon))
-            if end > first:
+            if end > first or (tenure.handed_states and caches.is_state(group)):
                 self._plan_group(group, range(first, end))
             if group in tail:
                 self._add(tail[group])
@@ -264,9 +264,14 @@ class _Planning:
             for chunks in required_chunks(hit_group, boundary)
             for chunk in range(max(chunks.start, passed.start), min(chunks.stop, passed.stop))
         }
-        self._plan_chunks(
-            group, [chunk for chunk in sorted(needed) if not tenure.boundaries.needs(hit_group, chunk)]
-        )
+        # Chunks of states that were handed over are planned with those of the group.
+        handed = {
+            end // hit_group.tokens_per_chunk - 1 for owner, end in tenure.handed_states if owner == group
+        }
+        passed_over = [
+            chunk for chunk in sorted(needed - handed) if not tenure.boundaries.needs(hit_group, chunk)
+        ]
+        self._plan_chunks(group, passed_over)
 
     def _skip(self, group: GroupId, reason: SkipReason, num_chunks: int) -> None:
         if num_chunks:
