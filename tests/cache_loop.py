@@ -1,26 +1,32 @@
-"""The serving loop of the cache machine: queues, blocks and chunks on the real block pools, without a model.
+"""The serving loop of the cache machine: queues and blocks on the real block pools, without a model.
 
-It does what ``jaxkv.serving.Scheduler`` does, and more: drafted tokens, copied blocks, admissions that are
-declined or end before their load was sent, requests that are left out of a step.
+It does what ``jaxkv.serving.Scheduler`` does, and more: drafted tokens, copied blocks, emitted states,
+admissions that are declined or end before their load was sent, steps that leave requests out or break off.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
 from random import Random
 
+from cache_chunks import ChunkChooser
 from cache_model import CacheModel
 from cache_request import MachineRequest, Part
-from cache_setup import MAX_TOKENS, Setup
+from cache_setup import MAX_TOKENS, RESERVES_AHEAD_OF_TAILS, Setup
 
 from jaxkv.connector import KVConnectorOutput, OffloadingConnector, SchedulerOutput
 from jaxkv.serving.cache_manager import CacheManager
 from jaxkv.serving.chunking import Chunk
 
+Handed = dict[str, list[tuple[int, int, int]]]
+
 
 class MachineLoop:
-    """Who waits, runs and loads. ``dying`` were aborted while a load into their blocks was under way."""
+    """Who waits, runs and loads. ``dying`` were aborted while a load into their blocks was under way.
+
+    ``ended`` are requests that made a step and gave their blocks back since it was cleared, with the tokens
+    they had computed. ``handed`` are states in blocks of their own that the last step left.
+    """
 
     def __init__(
         self, setup: Setup, connector: OffloadingConnector, model: CacheModel, draw: Random, counts: Counter
@@ -37,10 +43,11 @@ class MachineLoop:
         self.loading: dict[str, tuple[MachineRequest, int]] = {}
         self.dying: dict[str, MachineRequest] = {}
         self.copies: list[tuple[int, int, int]] = []
+        self.handed: Handed = {}
+        self.ended: list[tuple[MachineRequest, int]] = []
         self.served: list[MachineRequest] = []
         self.events: deque[str] | None = None
-        self._has_state = any(layer.kind == "state" for layer in setup.layers)
-        self._alignment = self.cache.config.alignment_tokens
+        self._chooser = ChunkChooser(setup, self.cache, draw, counts)
         self._finished: set[str] = set()
         self._preempted: set[str] = set()
 
@@ -52,6 +59,7 @@ class MachineLoop:
             or self.running
             or self.loading
             or self.dying
+            or self.handed
             or self._finished
             or self._preempted
             or self.connector.has_pending_push_work()
@@ -70,11 +78,14 @@ class MachineLoop:
         self.connector.on_new_request(request)
         self.waiting.append(request)
         self.counts["requests arrived"] += 1
-        self.log(request, "arrives")
+        self.log(request, "arrives", request.wishes)
 
     def abort(self, request: MachineRequest) -> None:
         """End a request at whatever stage it is."""
         stage = self._leave_queues(request)
+        if request.request_id in self._preempted:
+            # The connector learns of both at once, and of no more than what is computed now.
+            self.ended = [(other, computed) for other, computed in self.ended if other is not request]
         self.counts[f"aborted while {stage}"] += 1
         self.log(request, "is aborted while", stage)
         self._tell_end(request)
@@ -90,8 +101,14 @@ class MachineLoop:
 
     def _tell_end(self, request: MachineRequest) -> None:
         tables = self.cache.all_tables(request)
+        self._note_end(request)
+        handed = self.handed.pop(request.request_id, [])
+        if handed:
+            self.counts["states handed over at the end"] += 1
+            assert not self.connector.register_finished_partial_tail(request, tables, handed)
         keep, _ = self.connector.request_finished_all_groups(request, tables)
         self._finished.add(request.request_id)
+        self._give_back(handed)
         loads = self.loading.pop(request.request_id, None)
         if keep:
             assert loads is not None, "only a load into a request's blocks may keep them"
@@ -99,11 +116,22 @@ class MachineLoop:
         else:
             self.cache.release(request)
 
+    def _note_end(self, request: MachineRequest) -> None:
+        """A request that made a step gives its blocks back, or goes on as if it had just been admitted."""
+        if request.has_run:
+            self.ended.append((request, request.num_computed_tokens))
+        request.has_run = False
+
+    def _give_back(self, handed: list[tuple[int, int, int]]) -> None:
+        for group, block, _ in handed:
+            self.cache.pools[group].release(block)
+
     def preempt(self, request: MachineRequest) -> None:
         """Take the blocks of a running request; it starts again from what can be found."""
         self.counts["preemptions"] += 1
         self.log(request, "is preempted")
         self.running.remove(request)
+        self._note_end(request)
         self._restart(request)
         self._preempted.add(request.request_id)
 
@@ -112,6 +140,15 @@ class MachineLoop:
         request.num_computed_tokens = 0
         request.volatile = False
         self.waiting.insert(0, request)
+
+    def break_off(self, parts: list[Part]) -> None:
+        """The step that was planned is never computed: who runs starts again."""
+        self.counts["steps that broke off"] += 1
+        self.log("the step breaks off")
+        for part in parts:
+            self._give_back(part.emitted)
+        for request in tuple(self.running):
+            self.preempt(request)
 
     def copy_block(self, request: MachineRequest, group: int, index: int) -> bool:
         """Let a running request go on in a copy of one of its blocks; ``False`` where there is no room."""
@@ -123,6 +160,7 @@ class MachineLoop:
         row[index] = new
         self.copies.append((group, old, new))
         pool.release(old)
+        self._note_end(request)
         tables = self.cache.loaded_tables(request, request.num_computed_tokens)
         self.connector.update_state_after_alloc(request, tables, 0)
         self.counts["blocks copied on write"] += 1
@@ -133,8 +171,12 @@ class MachineLoop:
 
     def schedule(self) -> tuple[list[Part], SchedulerOutput]:
         """Decide who computes what, and take the blocks."""
+        handed, self.handed = self.handed, {}
+        for states in handed.values():
+            self._give_back(states)
         parts: list[Part] = []
-        if self._schedule_running(parts) and not self._preempted:
+        before = self.counts["preemptions"]
+        if self._schedule_running(parts) and self.counts["preemptions"] == before:
             self._admit_waiting(parts)
         new_blocks = {}
         for part in parts:
@@ -146,6 +188,7 @@ class MachineLoop:
             new_blocks,
             frozenset(self._finished),
             frozenset(self._preempted),
+            handed,
         )
         self._finished.clear()
         self._preempted.clear()
@@ -162,7 +205,7 @@ class MachineLoop:
                 continue
             chunk = self._extend(request)
             if chunk is not None:
-                parts.append(self._part(request, chunk))
+                parts.append(self._chooser.make_part(request, chunk))
             else:
                 nobody_waits = False
                 if not self._must_wait_for_load(request):
@@ -176,53 +219,12 @@ class MachineLoop:
         return self.connector.has_pending_block_frees() or (is_last and bool(self.loading))
 
     def _extend(self, request: MachineRequest) -> Chunk | None:
-        known = request.num_tokens
-        for chunk in self._choices(request, request.num_computed_tokens, self.setup.max_drafts):
-            # Drafted tokens need room as known ones do.
-            request.num_tokens = max(known, chunk.end)
-            has_room = self.cache.extend(request, chunk)
-            request.num_tokens = known
-            if has_room:
-                return chunk
-        return None
+        start = request.num_computed_tokens
+        choices = self._chooser.choices(request, start, self._stops(request, start), self.setup.max_drafts)
+        return next((chunk for chunk in choices if self.cache.extend(request, chunk)), None)
 
-    def _choices(self, request: MachineRequest, start: int, max_drafts: int) -> Iterator[Chunk]:
-        """Chunks to compute next, the wanted one first; the last one needs least."""
-        known = request.num_tokens
-        if known - start == 1:
-            drafts = self._num_drafts(start, max_drafts)
-            if drafts:
-                yield Chunk(start, known + drafts, 1)
-            yield Chunk(start, known, 1)
-            return
-        end = min(known, start + self.draw.randrange(1, self.setup.max_step + 1))
-        if self._has_state and self.setup.stop_at_blocks:
-            last = (known - 1) // self._alignment * self._alignment
-            end = min(end, last) if start < last else end
-            rounded = end // self._alignment * self._alignment
-            end = rounded if rounded > start else end
-        yield Chunk(start, end, 1)
-        yield Chunk(start, start + 1, 1)
-
-    def _num_drafts(self, start: int, max_drafts: int) -> int:
-        """Drafted tokens of a step. A state may end at any of them, so each needs a block that is held."""
-        drafts = self.draw.randrange(max_drafts + 1)
-        for layer in self.setup.layers:
-            if layer.kind == "state" and drafts:
-                read, first = (start - 1) // layer.block, start // layer.block
-                last = first if read < first else first + 1
-                drafts = min(drafts, (last + 1) * layer.block - 1 - start)
-        return drafts
-
-    def _part(self, request: MachineRequest, chunk: Chunk) -> Part:
-        drafts = max(0, chunk.end - request.num_tokens)
-        kept = chunk.end
-        if drafts:
-            accepted = min(self.draw.randrange(drafts + 1), request.max_tokens - 1 - request.num_tokens)
-            kept = request.num_tokens + accepted
-            self.counts["drafts accepted"] += accepted
-            self.counts["drafts rejected"] += drafts - accepted
-        return Part(request, chunk.start, chunk.end, kept)
+    def _stops(self, request: MachineRequest, start: int) -> tuple[int, ...]:
+        return self.connector.get_snapshot_boundaries(request) if start < request.num_prompt_tokens else ()
 
     # -- admission --------------------------------------------------------------------------------------
 
@@ -245,49 +247,55 @@ class MachineLoop:
             external = 0
         boundary = device_hit + external
         start = min(boundary, request.num_tokens - 1)
-        for chunk in self._choices(request, start, 0):
+        choices = list(self._chooser.choices(request, start, self._stops(request, start)))
+        if not RESERVES_AHEAD_OF_TAILS and external and start % self.cache.config.alignment_tokens:
+            choices = choices[-1:]
+        for chunk in choices:
             if self.cache.admit(request, device_hit, boundary, chunk):
                 break
         else:
             self.counts["admissions without room"] += 1
-            if external:
-                self.counts["promises that found no room"] += 1
+            self.counts["promises that found no room"] += external > 0
             return False
         self.counts["device hit tokens"] += device_hit
-        self.log(
-            request, "is admitted behind", device_hit, "tokens of the device and", external, "of the host"
-        )
+        self.log(request, "is admitted behind", device_hit, "device and", external, "host tokens")
         request.num_computed_tokens = device_hit
         self.connector.update_state_after_alloc(request, self.cache.all_tables(request), external)
         self.waiting.remove(request)
         if external:
-            self.loading[request.request_id] = request, start
-            self.counts["host hits"] += 1
-            self.counts["host hit tokens"] += external
-            if self.draw.random() < 0.02:
-                self.counts["aborted before the load was sent"] += 1
-                self._tell_end(request)
-                assert request.request_id not in self.dying, "nothing is under way yet"
+            self._begin_load(request, external)
         else:
             request.num_computed_tokens = start
             self.running.append(request)
-            parts.append(self._part(request, chunk))
+            parts.append(self._chooser.make_part(request, chunk))
         return True
 
+    def _begin_load(self, request: MachineRequest, external: int) -> None:
+        boundary = request.num_computed_tokens + external
+        self.loading[request.request_id] = request, boundary
+        self.counts["host hits"] += 1
+        self.counts["host hits of tails"] += boundary % self.setup.alignment != 0
+        self.counts["host hit tokens"] += external
+        if self.draw.random() < 0.02:
+            self.counts["aborted before the load was sent"] += 1
+            self.log(request, "is aborted before its load was sent")
+            self._tell_end(request)
+            assert request.request_id not in self.dying, "nothing is under way yet"
+
     def _check_promise(self, request: MachineRequest, known: int, external: int, is_async: bool) -> None:
-        """A promise is never more than can be served, and never less."""
+        """A promise can be kept, and is never less than what can be served.
+
+        It may be more than ``longest_hit``: a boundary that is still being stored lets tails behind it count.
+        """
         assert is_async == (external > 0)
-        most = self.model.longest_hit(request.contents.ids, known, request.num_tokens - 1)
-        assert known + external <= most, (
-            f"{request} was promised {external} tokens behind {known}, only {most - known} can be served"
+        question = request.question(known)
+        promised, most = known + external, self.model.longest_hit(question)
+        assert promised in (known, most) or self.model.can_serve(question, promised), (
+            f"{request} was promised {external} tokens behind {known}, which cannot be served"
         )
-        assert known + external >= most or self._is_gap(known), (
+        assert promised >= most, (
             f"{request} was promised {external} tokens behind {known}, {most - known} can be served"
         )
-
-    def _is_gap(self, known: int) -> bool:
-        """Sinks that the device holds are asked of the host where the device hit ends within their chunk."""
-        return any(layer.sinks and known % layer.chunk for layer in self.setup.layers)
 
     # -- the end of a step ------------------------------------------------------------------------------
 
@@ -299,17 +307,31 @@ class MachineLoop:
             self.cache.register(request, part.start)
             self.cache.register(request, part.kept)
             request.num_computed_tokens = part.kept
+            request.has_run = True
+            request.volatile = part.samples
+            if part.emitted:
+                self.handed[request.request_id] = part.emitted
+        if self.setup.finishes_first:
+            self._generate(parts)
+            self._take_results(results)
+        else:
+            self._take_results(results)
+            self._generate(parts)
+
+    def _generate(self, parts: list[Part]) -> None:
+        for part in parts:
+            request = part.request
+            if part.samples:
+                request.generate(1)
+                if request.is_complete:
+                    self._finish(request)
+
+    def _take_results(self, results: KVConnectorOutput) -> None:
         self.connector.update_connector_output(results)
         for request_id in results.failed_recving:
             self._load_failed(request_id)
         for request_id in results.finished_recving - results.failed_recving.keys():
             self._load_landed(request_id)
-        for part in parts:
-            request = part.request
-            if part.kept == request.num_tokens:
-                request.generate(1)
-                if request.is_complete:
-                    self._finish(request)
 
     def _finish(self, request: MachineRequest) -> None:
         self.running.remove(request)

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
-from cache_model import Contents, Layer
+from cache_model import Contents, Layer, Question
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a request asks of the connector."""
+
+    max_load_tokens: int | None = None
+    max_offload_tokens: int | None = None
+    offload_policy: str = "chunk_level"
+    skip_reading: bool = False
+
+    @property
+    def params(self) -> dict[str, object]:
+        """As ``kv_transfer_params``."""
+        return {
+            "max_load_tokens": self.max_load_tokens,
+            "max_offload_tokens": self.max_offload_tokens,
+            "offload_policy": self.offload_policy,
+        }
 
 
 class MachineRequest:
     """A request whose tokens, generated ones included, are known beforehand; see ``protocols.Request``.
 
-    ``volatile`` says that what its draft layers hold for the last computed token is still to be rewritten.
+    ``store_limit`` is how many of its tokens may be stored. ``has_run`` says that it made a step since it was
+    admitted, ``volatile`` that what draft layers hold for the last computed token is still to be rewritten.
     """
 
     __slots__ = (
@@ -20,28 +40,43 @@ class MachineRequest:
         "_hash_tokens",
         "block_hashes",
         "contents",
+        "has_run",
+        "kv_transfer_params",
         "num_computed_tokens",
         "num_prompt_tokens",
         "num_tokens",
         "request_id",
+        "skip_reading_prefix_cache",
+        "store_limit",
         "volatile",
+        "wishes",
     )
 
     def __init__(
-        self, request_id: str, contents: Contents, num_prompt_tokens: int, hash_tokens: int, hash_bytes: int
+        self,
+        request_id: str,
+        contents: Contents,
+        num_prompt_tokens: int,
+        links: tuple[int, int],
+        wishes: Wishes,
     ) -> None:
         self.request_id = request_id
         self.contents = contents
         self.num_prompt_tokens = num_prompt_tokens
         self.num_tokens = num_prompt_tokens
         self.num_computed_tokens = 0
+        self.store_limit = len(contents.ids)
+        self.wishes = wishes
+        self.kv_transfer_params = wishes.params
+        self.skip_reading_prefix_cache = wishes.skip_reading
         self.volatile = False
-        self._hash_tokens = hash_tokens
+        self.has_run = False
+        self._hash_tokens, hash_bytes = links
         self._all_hashes = [
             prefix.to_bytes(hash_bytes, "big")
-            for prefix in contents.ids[hash_tokens - 1 :: hash_tokens].tolist()
+            for prefix in contents.ids[self._hash_tokens - 1 :: self._hash_tokens].tolist()
         ]
-        self.block_hashes = self._all_hashes[: num_prompt_tokens // hash_tokens]
+        self.block_hashes = self._all_hashes[: num_prompt_tokens // self._hash_tokens]
 
     def __repr__(self) -> str:
         return (
@@ -65,15 +100,31 @@ class MachineRequest:
         known = self.num_tokens // self._hash_tokens
         self.block_hashes.extend(self._all_hashes[len(self.block_hashes) : known])
 
+    def question(self, known: int) -> Question:
+        """How far the request may be served behind a device hit of ``known`` tokens."""
+        num_hashed = len(self.block_hashes) * self._hash_tokens
+        limit = min(self.num_tokens - 1, num_hashed)
+        if self.wishes.max_load_tokens is not None:
+            limit = min(limit, known + self.wishes.max_load_tokens)
+        if self.wishes.skip_reading:
+            limit = min(limit, known)
+        return Question(self.contents.ids, known, limit, num_hashed)
+
 
 @dataclass(slots=True)
 class Part:
-    """One request's part of a step: tokens ``[start, end)`` are computed, those from ``kept`` on rejected."""
+    """One request's part of a step: tokens ``[start, end)`` are computed, those from ``kept`` on rejected.
+
+    ``samples`` says that a new token follows. ``emitted`` are states left in further blocks on the way, as
+    ``(group, block, boundary)``.
+    """
 
     request: MachineRequest
     start: int
     end: int
     kept: int
+    samples: bool
+    emitted: list[tuple[int, int, int]] = field(default_factory=list)
 
 
 class Caches:
@@ -153,15 +204,25 @@ class Caches:
             for shard, arrays in enumerate(self.arrays):
                 arrays[group][block] = int(values[part.kept - 1]) + shard, part.kept + shard
             return
-        start = part.start - (layer.draft and request.volatile)
+        start = part.start
+        if layer.draft and request.volatile and row[(start - 1) // layer.block] >= 0:
+            start -= 1
         places = self._places(group, row, start, part.end)
-        written = values[start : part.kept]
-        num_rejected = part.end - part.kept
-        if num_rejected:
-            self._num_rejected += num_rejected
-            written = np.append(written, np.arange(-self._num_rejected, num_rejected - self._num_rejected))
+        # What a draft layer leaves for the last known token may be rewritten, as if it had been rejected.
+        kept = part.kept - (layer.draft and part.samples)
+        written = values[start:kept]
+        if kept < part.end:
+            self._num_rejected += part.end - kept
+            written = np.append(written, np.arange(kept - part.end, 0) - self._num_rejected)
         for shard, flat in enumerate(self._flat):
             flat[group][places] = written + shard if shard else written
+
+    def emit(self, part: Part) -> None:
+        """Leave the states that ``part`` comes by in blocks of their own."""
+        for group, block, boundary in part.emitted:
+            state = int(part.request.contents.tokens[group][boundary - 1])
+            for shard, arrays in enumerate(self.arrays):
+                arrays[group][block] = state + shard, boundary + shard
 
     def _places(self, group: int, row: np.ndarray, first: int, end: int) -> np.ndarray:
         blocks = row[self._block_of[group][first:end]]

@@ -24,8 +24,9 @@ from jaxkv.spec import (
 MAX_TOKENS = 96
 """The longest sequence."""
 _MAX_ALIGNMENT = 24
-# What the connector does not do right yet is not drawn.
-_DRAFTS = False
+# What does not work yet is not tried.
+EMITS_STATES = False
+RESERVES_AHEAD_OF_TAILS = False
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,20 @@ class Setup:
     max_seqs: int = 4
     max_step: int = 16
     max_drafts: int = 0
+    tokens_per_hash: int | None = None
+    retention_interval: int | None = None
+    num_workers: int = 1
+    policy: str = "lru"
+    store_threshold: int = 0
     stop_at_blocks: bool = True
+    finishes_first: bool = False
+    wishes: bool = False
     land_odds: float = 1.0
     fail_odds: float = 0.0
     refuse_odds: float = 0.0
     retry_odds: float = 0.0
+    emit_odds: float = 0.0
+    break_odds: float = 0.0
     arrive_odds: float = 0.25
     event_odds: float = 0.05
     resets: bool = True
@@ -57,7 +67,12 @@ class Setup:
     @property
     def is_calm(self) -> bool:
         """Whether nothing is refused, forgotten or lost: then all that is computed can be served again."""
-        return not (self.fail_odds or self.refuse_odds or self.retry_odds or self.resets or self.max_drafts)
+        return not (self.fail_odds or self.refuse_odds or self.retry_odds or self.has_more_trouble)
+
+    @property
+    def has_more_trouble(self) -> bool:
+        """Whether chunks are forgotten, or stored for some requests alone."""
+        return self.resets or self.wishes or self.store_threshold > 1
 
     @property
     def config(self) -> KVCacheConfig:
@@ -70,7 +85,8 @@ class Setup:
                 for index, (layer, size, count) in enumerate(
                     zip(self.layers, self.page_bytes, self.num_blocks, strict=True)
                 )
-            )
+            ),
+            self.tokens_per_hash,
         )
 
     @property
@@ -100,34 +116,52 @@ def make_spec(layer: Layer, page_bytes: int) -> LayerSpec:
 def draw_setup(draw: Random) -> Setup:
     """Any setup in which a request of ``MAX_TOKENS`` can run."""
     size = draw.choice([1, 1, 2, 3])
-    drafts = draw.choice([0, 0, 1, 3]) if _DRAFTS else 0
+    drafts = draw.choice([0, 0, 1, 3])
     layers = _draw_layers(draw, size)
     pages = tuple(draw.choice([100, 500, 700, 1600, 5000]) for _ in layers)
-    spare = draw.choice([0, 2, 6, 20, 60])
+    spare = draw.choice([0, 4, 10, 30, 80])
     least = [
         blocks_to_serve(make_spec(layer, page), MAX_TOKENS + drafts, 1 + drafts)
         for layer, page in zip(layers, pages, strict=True)
     ]
-    calm = draw.random() < 0.2
+    common = math.gcd(*(layer.block for layer in layers))
+    alignment = math.lcm(*(layer.chunk for layer in layers))
     return Setup(
         layers=layers,
         page_bytes=pages,
         num_blocks=tuple(count + draw.randrange(spare + 1) for count in least),
-        host_chunks=draw.choice([1, 2, 5, 12, 40, 1000]),
         blocks_per_chunk=size,
+        max_drafts=drafts,
+        tokens_per_hash=draw.choice([None, None, *(n for n in range(1, common + 1) if common % n == 0)]),
+        retention_interval=draw.choice([None, None, None, 0, alignment, 2 * alignment]),
+        num_workers=draw.choice([1, 1, 1, 1, 2, 3]),
+        policy=draw.choice(["lru", "arc"]),
         prompt_only=draw.random() < 0.4,
         max_seqs=draw.randrange(1, 6),
         max_step=draw.choice([3, 8, 16, 32]),
-        max_drafts=drafts,
         stop_at_blocks=draw.random() < 0.8,
-        land_odds=draw.choice([1.0, 1.0, 0.6, 0.3, 0.1]),
-        fail_odds=0.0 if calm else draw.choice([0, 0, 0.1, 0.4]),
-        refuse_odds=0.0 if calm else draw.choice([0, 0, 0.1]),
-        retry_odds=0.0 if calm else draw.choice([0, 0, 0, 0.05]),
-        arrive_odds=draw.choice([0.1, 0.3, 0.6]),
+        finishes_first=draw.random() < 0.5,
+        arrive_odds=draw.choice([0.05, 0.15, 0.4]),
         event_odds=draw.choice([0.02, 0.1]),
-        resets=not calm,
+        emit_odds=draw.choice([0, 0.1]) if EMITS_STATES else 0,
+        land_odds=draw.choice([1.0, 1.0, 0.6, 0.3, 0.1]),
+        **_draw_trouble(draw),
     )
+
+
+def _draw_trouble(draw: Random) -> dict[str, object]:
+    """What may go wrong; nothing at all in one of four."""
+    if draw.random() < 0.25:
+        return {"host_chunks": draw.choice([12, 1000, 1000]), "resets": False}
+    return {
+        "host_chunks": draw.choice([1, 2, 5, 12, 40, 1000]),
+        "fail_odds": draw.choice([0, 0, 0.1, 0.4]),
+        "refuse_odds": draw.choice([0, 0, 0.1]),
+        "retry_odds": draw.choice([0, 0, 0, 0.05]),
+        "break_odds": draw.choice([0, 0, 0, 0.02]),
+        "wishes": draw.random() < 0.3,
+        "store_threshold": draw.choice([0, 0, 0, 2, 3]),
+    }
 
 
 def _draw_layers(draw: Random, blocks_per_chunk: int) -> tuple[Layer, ...]:
@@ -143,4 +177,5 @@ def _draw_layer(draw: Random, blocks_per_chunk: int) -> Layer:
     block = draw.choice([2, 3, 4, 4, 6, 8])
     size = draw.randrange(1, 30) if kind in ("window", "local") else 0
     sinks = draw.randrange(1, 16) if kind == "window" and draw.random() < 0.4 else 0
-    return Layer(kind, block, block * blocks_per_chunk, size, sinks)
+    is_draft = kind != "state" and draw.random() < 0.15
+    return Layer(kind, block, block * blocks_per_chunk, size, sinks, is_draft)

@@ -48,13 +48,35 @@ MUST_HAPPEN = (
     "loads failed",
     "stores failed",
     "stores refused at random",
-    "stores refused for want of room",
+    "stores refused",
+    "stores of several requests in one job",
     "transfers that overtook others",
     "skipped: held",
     "skipped: no_state",
     "skipped: refused",
     "skipped: released",
-    "skipped: unread",
+    "skipped: unreachable",
+    "drafts accepted",
+    "drafts rejected",
+    "steps that broke off",
+    "host hits of tails",
+    "requests with wishes",
+    "runs with 1 workers",
+    "runs with 2 workers",
+    "runs with 3 workers",
+    "runs with 1 blocks per chunk",
+    "runs with 2 blocks per chunk",
+    "runs with 3 blocks per chunk",
+    "runs with a retention interval",
+    "runs with draft layers",
+    "runs with policy lru",
+    "runs with policy arc",
+    "chunks offered too seldom",
+    "runs with full layers",
+    "runs with latent layers",
+    "runs with window layers",
+    "runs with local layers",
+    "runs with state layers",
 )
 
 
@@ -72,7 +94,7 @@ def go_on(machine: Machine, num_steps: int = STEPS_PER_RUN) -> None:
             machine.arrive()
         if draw.random() < setup.event_odds:
             _do_something(machine, draw.random())
-        machine.step()
+        machine.step(breaks_off=draw.random() < setup.break_odds)
     if draw.random() < 0.5:
         machine.fail_odds = machine.manager.refuse = machine.manager.retry = 0.0
     machine.close()
