@@ -1,5 +1,8 @@
 """What tests ask of the backend under a ``Loop`` besides: which chunks it holds, and that it loses some."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from connector_loop import Loop, LoopRequest
 
 from jaxkv.keys import GroupId, OffloadKey, make_offload_key
@@ -49,6 +52,15 @@ def crowd(loop: Loop, tag: int) -> None:
             output = manager.prepare_store(keys, CTX)
             if output is not None:
                 manager.complete_store(output.keys_to_store, CTX, success=False)
+
+
+@contextmanager
+def no_room(loop: Loop) -> Iterator[None]:
+    """The backend refuses every store."""
+    manager = loop.spec.get_manager()
+    manager.prepare_store, manager.prepare_stores = lambda keys, ctx: None, lambda offers: None
+    yield
+    del manager.prepare_store, manager.prepare_stores
 
 
 def preempt_in_step(loop: Loop, request: LoopRequest) -> None:

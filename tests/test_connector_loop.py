@@ -6,7 +6,7 @@ The loop checks every byte a token reads; see ``connector_loop``. Each test ends
 import random
 
 import pytest
-from connector_loop import STATE_BLOCK, Loop, expected_output
+from connector_loop import BLOCK, STATE_BLOCK, Loop, expected_output
 
 from jaxkv.connector import SchedulerOutput
 from jaxkv.connector.lookup import Deferral
@@ -402,3 +402,30 @@ def test_shutdown_in_the_middle_of_everything_leaves_no_slot():
     loop.connector.shutdown()
     loop.connector.shutdown()
     assert not loop.pool.live
+
+
+def test_what_was_refused_is_offered_again_when_a_job_has_ended_and_not_in_every_step():
+    loop = Loop(offload_prompt_only=False)
+    manager, offered = loop.spec.get_manager(), []
+    loop.worker.delayed = True
+    loop.add("first", PROMPT, 12)
+    while not loop.worker.job_ids:
+        loop.step()
+    manager.prepare_stores = lambda offers: None
+    manager.prepare_store = lambda keys, ctx: offered.append(len(keys))
+    loop.step()
+    assert offered, "and all of it was refused, while a job is under way"
+    num_offered = len(offered)
+    for _ in range(4):
+        loop.step()
+    assert len(offered) == num_offered
+    del manager.prepare_store, manager.prepare_stores
+    loop.worker.finish(loop.worker.job_ids[:1])
+    loop.step()
+    loop.step()
+    assert len(loop.worker.job_ids) == 1, "one job holds what was refused"
+    loop.worker.delayed = False
+    loop.worker.finish()
+    loop.run()
+    assert loop.connector.get_stats().groups[0].stored_chunks == (len(PROMPT) + 12) // BLOCK
+    assert_no_leaks(loop.connector)

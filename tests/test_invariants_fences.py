@@ -3,7 +3,7 @@
 import pytest
 from connector_loop import STATE_BLOCK, Loop, expected_output
 from loop_model import make_config
-from loop_tools import held, preempt_in_step, skipped
+from loop_tools import held, no_room, preempt_in_step, skipped
 
 PROMPT = list(range(100, 150))
 OTHER = list(range(500, 550))
@@ -73,12 +73,10 @@ def test_invariant_04_blocks_behind_the_window_are_stored_before_they_are_writte
 def test_invariant_04_blocks_given_back_a_step_ago_are_stored_no_more():
     """The store is refused as long as the blocks are there; later they hold other tokens."""
     loop = Loop(config=make_config(NO_STATES), max_step_tokens=16)
-    manager = loop.spec.get_manager()
     loop.add("first", PROMPT, 6)
-    manager.prepare_store, manager.prepare_stores = lambda keys, ctx: None, lambda offers: None
-    for _ in range(4):
-        loop.step()
-    del manager.prepare_store, manager.prepare_stores
+    with no_room(loop):
+        for _ in range(4):
+            loop.step()
     loop.run()
     assert skipped(loop, 1)["released"]
     assert loop.serve("short", PROMPT[:21], 2).host_hits == []
@@ -87,16 +85,14 @@ def test_invariant_04_blocks_given_back_a_step_ago_are_stored_no_more():
 
 def test_invariant_04_blocks_given_back_by_a_request_that_is_left_out_of_a_step_are_stored_no_more():
     loop = Loop(config=make_config(NO_STATES), max_step_tokens=16)
-    manager = loop.spec.get_manager()
     first = loop.add("first", PROMPT[:33], 6)
-    manager.prepare_store, manager.prepare_stores = lambda keys, ctx: None, lambda offers: None
-    loop.step()
-    loop.step()
-    loop.skip_window(first)
-    loop.running.remove(first)
-    loop.add("other", OTHER[:20], 9)
-    loop.step()
-    del manager.prepare_store, manager.prepare_stores
+    with no_room(loop):
+        loop.step()
+        loop.step()
+        loop.skip_window(first)
+        loop.running.remove(first)
+        loop.add("other", OTHER[:20], 9)
+        loop.step()
     loop.running.append(first)
     loop.run()
     assert skipped(loop, 1)["released"]

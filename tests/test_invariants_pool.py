@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 from connector_loop import BLOCK, STATE_BLOCK, Loop, expected_output
-from loop_tools import CTX, crowd, held, holds, skipped
+from loop_tools import CTX, crowd, held, holds, no_room, skipped
 from numpy_model import Layer, NumpyModel, NumpyPrograms, oracle_output
 from toy_model import random_prompt
 
@@ -110,12 +110,10 @@ def test_invariant_10_keys_being_stored_are_not_evicted_to_make_room_for_themsel
 
 def test_invariant_10_a_last_store_that_is_refused_keeps_nobody_busy():
     loop = Loop()
-    loop.spec.get_manager().prepare_store = lambda keys, ctx: None
-    loop.spec.get_manager().prepare_stores = lambda offers: None
-    loop.serve("first", PROMPT)
-    assert skipped(loop, 0)["refused"] >= 12
-    assert not loop.connector.has_pending_push_work()
-    del loop.spec.get_manager().prepare_store, loop.spec.get_manager().prepare_stores
+    with no_room(loop):
+        loop.serve("first", PROMPT)
+        assert skipped(loop, 0)["refused"] >= 12
+        assert not loop.connector.has_pending_push_work()
     loop.close()
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from connector_loop import STATE_BLOCK, Loop
 from engine_loop import LAYERS
-from loop_tools import crowd, forget, skipped
+from loop_tools import crowd, forget, no_room, skipped
 from numpy_model import NumpyModel, NumpyPrograms, oracle_output
 from toy_model import random_prompt
 
@@ -110,10 +110,8 @@ def test_invariant_15_counters_say_why_a_chunk_was_not_stored():
     assert skipped(loop, 2) == {"no_state": 3, "unreachable": 2}
     loop.serve("second", PROMPT, kv_transfer_params={"offload_policy": "request_level"})
     assert skipped(loop, 0) == {"held": 12}
-    loop.spec.get_manager().prepare_store = lambda keys, ctx: None
-    loop.spec.get_manager().prepare_stores = lambda offers: None
-    loop.serve("third", [1, *PROMPT[:20]])
-    del loop.spec.get_manager().prepare_store, loop.spec.get_manager().prepare_stores
+    with no_room(loop):
+        loop.serve("third", [1, *PROMPT[:20]])
     assert skipped(loop, 0)["refused"] >= 5
     loop.close()
 

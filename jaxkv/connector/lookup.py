@@ -167,10 +167,7 @@ def find_hit(caches: ChunkedCaches, question: Question, presence: HostPresence) 
     boundary = longest_hit(groups, known, limit, alignment, presence)
     branch = _branch_tokens(caches, known, boundary, presence)
     if caches.keeps_tails:
-        step = caches.tokens_per_hash
-        end = min(limit, boundary - boundary % alignment + alignment - 1)
-        tails = range(boundary - boundary % step + step, end + 1, step)
-        boundary = longest_tail(groups, known, tails, presence) or boundary
+        boundary = _with_tail(caches, question, presence, boundary)
     spans = spans_to_load(caches, question.block_hashes, known, boundary)
     match presence.worst_of(spans):
         case LookupResult.RETRY:
@@ -178,6 +175,25 @@ def find_hit(caches: ChunkedCaches, question: Question, presence: HostPresence) 
         case LookupResult.HIT_PENDING:
             return Deferral.PENDING
     return Hit(known, boundary, spans, branch)
+
+
+def _with_tail(caches: ChunkedCaches, question: Question, presence: HostPresence, boundary: int) -> int:
+    """The boundary of the hit together with a tail, if there is one.
+
+    It may lie right behind the aligned hit, or behind all that the layers hold which read every token: others
+    may have kept nothing but the tail.
+    """
+    step, alignment = caches.tokens_per_hash, caches.alignment_tokens
+    shared = presence.leading_tokens(_reading_all(caches))
+    reached = question.limit_tokens if shared is None else min(shared, question.limit_tokens)
+    for behind in dict.fromkeys((reached - reached % alignment, boundary - boundary % alignment)):
+        end = min(question.limit_tokens, behind + alignment - 1)
+        first = max(behind, boundary - boundary % step) + step
+        tails = range(first, end + 1, step)
+        tail = longest_tail(caches.hit_groups, question.known_tokens, tails, presence)
+        if tail is not None:
+            return tail
+    return boundary
 
 
 def spans_to_load(
@@ -204,15 +220,16 @@ def _branch_tokens(
     Otherwise that of the device hit, if the host has nothing behind it: only its own hit shows that the host
     can serve a boundary.
     """
-    reads_all = [
-        GroupId(index) for index, group in enumerate(caches.hit_groups) if reads_every_token(group.spec)
-    ]
-    shared = presence.leading_tokens(reads_all) or 0
+    shared = presence.leading_tokens(_reading_all(caches)) or 0
     shared -= shared % caches.alignment_tokens
     if shared > boundary_tokens:
         return shared
     on_device = known_tokens - known_tokens % caches.alignment_tokens
     return on_device if on_device and boundary_tokens == known_tokens else None
+
+
+def _reading_all(caches: ChunkedCaches) -> list[GroupId]:
+    return [GroupId(index) for index, group in enumerate(caches.hit_groups) if reads_every_token(group.spec)]
 
 
 def _count_certain(keys: Iterable[OffloadKey], manager: OffloadingManager, ctx: ReqContext) -> int:

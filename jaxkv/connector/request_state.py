@@ -67,9 +67,7 @@ class Tenure:
         self.running = True
         self.previous_tokens = self.complete_tokens
         reached = self.complete_tokens + num_scheduled_tokens
-        if (
-            self.request.num_computed_tokens == reached
-        ):  # Nearly always: nothing was drafted, or all accepted.
+        if self.request.num_computed_tokens == reached:  # nearly always: no draft was rejected
             self.complete_tokens = reached
             return self.due_tokens is not None and reached >= self.due_tokens
         self.unconfirmed_tokens = num_scheduled_tokens

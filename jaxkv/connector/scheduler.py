@@ -59,6 +59,7 @@ class OffloadingScheduler:
         self._last_step: Mapping[str, int] = {}
         self._left_in_step: list[tuple[Tenure, int]] = []
         self._unconfirmed: list[Tenure] = []
+        self._without_room: list[Tenure] = []
         self._due: dict[Tenure, None] = {}
         self._departed: list[ReqContext] = []
         self._admitted: set[str] = set()
@@ -162,7 +163,7 @@ class OffloadingScheduler:
         for req_id, num_tokens in self._step.items():
             state = self._requests.get(req_id)
             tenure = state.tenure if state is not None else None
-            if tenure is None or req_id in left:
+            if tenure is None or (left and req_id in left):
                 continue
             if tenure.end_step(num_tokens):
                 self._due[tenure] = None
@@ -226,7 +227,7 @@ class OffloadingScheduler:
             self._due[tenure] = None
 
     def _plan_stores(self) -> tuple[TransferJob, ...]:
-        """Plan for everyone who is due; who is refused stays due."""
+        """Plan for everyone who is due. Who is refused is due again when a job has ended."""
         due, self._due = self._due, {}
         for tenure in due:
             if tenure.ctx.req_id not in self._last_step:
@@ -235,12 +236,27 @@ class OffloadingScheduler:
         jobs = self._stores.plan(tenure for tenure in due if tenure.running)
         for tenure in due:
             if tenure.is_due and not tenure.has_ended:
-                self._due[tenure] = None
+                self._wait_for_room(tenure)
         return tuple(jobs)
+
+    def _wait_for_room(self, tenure: Tenure) -> None:
+        if len(self._jobs):
+            tenure.due_tokens = None
+            self._without_room.append(tenure)
+        else:
+            self._due[tenure] = None
+
+    def _offer_again(self) -> None:
+        for tenure in self._without_room:
+            if not tenure.has_ended:
+                tenure.due_tokens = tenure.complete_tokens
+                self._due[tenure] = None
+        self._without_room.clear()
 
     def _end_job(self, job: Job, result: JobResult) -> None:
         success = result.error is None
         self._metrics.job_ended(job, result)
+        self._offer_again()
         if job.kind is JobKind.STORE:
             self._manager.complete_store(job.keys, job.ctx, success=success)
             self._events.store_ended(result.job_id, success=success)
@@ -345,6 +361,7 @@ class OffloadingScheduler:
                 self._tenures.skip(state.tenure, self._step.get(state.ctx.req_id, 0))
         for tenure, num_tokens in self._left_in_step:
             self._tenures.skip(tenure, num_tokens)
+        self._offer_again()
         self._due.clear()
         self._events.reset(self._manager)
 
@@ -370,6 +387,7 @@ class OffloadingScheduler:
         self._step, self._left_in_step = {}, []
         self._departed.clear()
         self._unconfirmed.clear()
+        self._without_room.clear()
         self._admitted.clear()
         self._kept_blocks.clear()
         self._manager.shutdown()

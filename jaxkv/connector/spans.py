@@ -120,13 +120,14 @@ def shrinking_prefixes(
     if not spans:
         return
     yield spans
-    ends = sorted({end for planned in spans for end in _chunk_ends(caches, planned.span)})
+    ends = sorted({end for planned in spans for end in chunk_ends(caches, planned.span)})
     while len(ends) > 1:
         ends = ends[: len(ends) // 2]
         yield [part for planned in spans if (part := _up_to(caches, planned, ends[-1])) is not None]
 
 
-def _chunk_ends(caches: ChunkedCaches, span: ChunkSpan) -> Sequence[int]:
+def chunk_ends(caches: ChunkedCaches, span: ChunkSpan) -> Sequence[int]:
+    """Where each chunk of a span ends, in tokens."""
     if span.cut_tokens is not None:
         return (span.cut_tokens,)
     size = caches.tokens_per_chunk(span.group)
@@ -135,7 +136,7 @@ def _chunk_ends(caches: ChunkedCaches, span: ChunkSpan) -> Sequence[int]:
 
 def _up_to(caches: ChunkedCaches, planned: PlannedSpan, limit_tokens: int) -> PlannedSpan | None:
     span = planned.span
-    count = sum(end <= limit_tokens for end in _chunk_ends(caches, span))
+    count = sum(end <= limit_tokens for end in chunk_ends(caches, span))
     if count in (0, len(span)):
         return planned if count else None
     part = ChunkSpan(span.group, span.chunks[:count], span.keys[:count], span.cut_tokens)

@@ -9,7 +9,7 @@ not.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import assert_never, final
 
@@ -20,6 +20,7 @@ from jaxkv.connector.spans import (
     ChunkSpan,
     PlannedSpan,
     block_ids,
+    chunk_ends,
     end_tokens_of,
     payload_blocks,
     tail_span,
@@ -64,9 +65,9 @@ class StorePlan:
     ``next_chunk`` and ``tail`` are where to go on if all of ``spans`` are taken.
     """
 
-    spans: list[PlannedSpan] = field(default_factory=list)
-    skipped: Skipped = field(default_factory=dict)
-    next_chunk: list[int] = field(default_factory=list)
+    spans: list[PlannedSpan]
+    skipped: Skipped
+    next_chunk: list[int]
     tail: Tail | None = None
 
 
@@ -95,7 +96,7 @@ class _Planning:
         self._caches = caches
         self._tenure = tenure
         self._boundaries = tenure.boundaries
-        self._plan = StorePlan()
+        self._plan = StorePlan([], {}, [])
         self._horizon = min(tenure.complete_tokens, caches.hashed_tokens(tenure.request.block_hashes))
         if tenure.limit_tokens is not None:
             self._horizon = min(self._horizon, tenure.limit_tokens)
@@ -104,12 +105,12 @@ class _Planning:
         caches, tenure, plan = self._caches, self._tenure, self._plan
         horizon = self._horizon
         tail = self._plan_tail(tenure.tail) if tenure.tail is not None else {}
-        last = self._last_boundary() if tenure.has_ended else None
+        ends = self._further_boundaries() if tenure.has_ended or tenure.tail is not None else ()
         for group, first in zip(caches.groups, tenure.next_chunk, strict=True):
-            if last is not None:
-                self._plan_passed(group, last)
+            if ends:
+                self._plan_passed(group, ends)
             end = max(first, caches.num_named_chunks(group, horizon))
-            if end > first:
+            if end > first or (tenure.handed_states and caches.is_state(group)):
                 self._plan_group(group, range(first, end))
             if group in tail:
                 self._add(tail[group])
@@ -232,29 +233,45 @@ class _Planning:
             self._plan.tail = Tail(end, tuple(group for group in tail.groups if group not in spans))
         return spans
 
-    def _last_boundary(self) -> int | None:
-        """Where the request ended, if chunks are needed there that no other boundary needs.
+    def _further_boundaries(self) -> Sequence[int]:
+        """Where the request ended and where its tail does, if chunks are needed there that none other needs.
 
-        From now on it counts as a boundary.
+        From now on they count as boundaries.
         """
-        named = self._horizon - self._caches.lookahead_tokens
-        last = named - named % self._caches.alignment_tokens
-        retention, points = self._boundaries.retention, self._boundaries.points
-        if last <= 0 or last in points or retention.next_boundary(last) == last:
-            return None
-        self._boundaries = Boundaries(retention, (*points, last))
-        return last
+        tenure, retention, points = self._tenure, self._boundaries.retention, self._boundaries.points
+        ends = set()
+        if tenure.has_ended:
+            named = self._horizon - self._caches.lookahead_tokens
+            last = named - named % self._caches.alignment_tokens
+            if last > 0 and retention.next_boundary(last) != last:
+                ends.add(last)
+        if tenure.tail is not None and tenure.tail.end_tokens <= self._horizon:
+            ends.add(tenure.tail.end_tokens)
+        ends.difference_update(points)
+        if ends:
+            self._boundaries = Boundaries(retention, (*points, *ends))
+        return sorted(ends)
 
-    def _plan_passed(self, group: GroupId, boundary: int) -> None:
-        """What only the boundary at which the request ended needs of chunks that were passed over before."""
+    def _plan_passed(self, group: GroupId, boundaries: Sequence[int]) -> None:
+        """What only ``boundaries`` need of chunks that were passed over before."""
         tenure, hit_group = self._tenure, self._caches.hit_groups[group]
         if tenure.boundaries.retention.keeps_all[group]:
             return
         passed = range(tenure.first_chunk[group], tenure.next_chunk[group])
-        for needed in required_chunks(hit_group, boundary):
-            for chunk in range(max(needed.start, passed.start), min(needed.stop, passed.stop)):
-                if not tenure.boundaries.needs(hit_group, chunk):
-                    self._plan_chunks(group, (chunk,))
+        needed = {
+            chunk
+            for boundary in boundaries
+            for chunks in required_chunks(hit_group, boundary)
+            for chunk in range(max(chunks.start, passed.start), min(chunks.stop, passed.stop))
+        }
+        # Chunks of states that were handed over are planned with those of the group.
+        handed = {
+            end // hit_group.tokens_per_chunk - 1 for owner, end in tenure.handed_states if owner == group
+        }
+        passed_over = [
+            chunk for chunk in sorted(needed - handed) if not tenure.boundaries.needs(hit_group, chunk)
+        ]
+        self._plan_chunks(group, passed_over)
 
     def _skip(self, group: GroupId, reason: SkipReason, num_chunks: int) -> None:
         if num_chunks:
@@ -267,7 +284,7 @@ class _Planning:
         first = caches.blocks(span.chunks).start
         for unread in unread_at_ends(caches, span):
             ids[max(0, unread.start - first) : max(0, unread.stop - first)] = -1
-        handed = tenure.handed_states.get((span.group, end_tokens_of(caches, span)))
-        if handed is not None:
-            ids[payload_blocks(caches, span)[-1] - first] = handed
+        if tenure.handed_states and caches.is_state(span.group):
+            for position, end in zip(payload_blocks(caches, span), chunk_ends(caches, span), strict=True):
+                ids[position - first] = tenure.handed_states.get((span.group, end), ids[position - first])
         self._plan.spans.append(PlannedSpan(span, ids.tolist()))
