@@ -1,0 +1,214 @@
+"""Small parts of the connector, each with the exact answer that a change of one sign or word would spoil."""
+
+import numpy as np
+import pytest
+from connector_loop import BLOCK, Loop, LoopRequest, hybrid_config
+from loop_model import make_config
+
+from jaxkv.connector import KVConnectorBase, OffloadingConfig, OffloadingConnector
+from jaxkv.connector.chunks import ChunkedCaches
+from jaxkv.connector.lookup import HostPresence, Question
+from jaxkv.connector.metadata import OffloadingConnectorMetadata
+from jaxkv.connector.metrics import Metrics
+from jaxkv.connector.spans import PlannedSpan, block_ids, shrinking_prefixes, tail_span, whole_span
+from jaxkv.connector.worker import OffloadingConnectorWorker
+from jaxkv.errors import ConfigError, RequestError
+from jaxkv.hash_chain import ChainRoot, HashChain
+from jaxkv.keys import GroupId, KeyRun, KeyRuns
+from jaxkv.offload import LookupResult, OffloadingManager, ReqContext
+from jaxkv.offload.base import DeviceBlocks, JobResult, LoadStoreSpec, OffloadingSpec, TransferJob
+from jaxkv.offload.factory import make_offloading_spec
+from jaxkv.offload.options import BackendOptions
+from jaxkv.spec import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+
+PROMPT = list(range(100, 150))
+FULL, STATE = GroupId(0), GroupId(2)
+CTX = ReqContext("r")
+
+
+def hashes_of(num_tokens, tokens_per_hash=BLOCK):
+    return HashChain(ChainRoot("m", tokens_per_hash), token_ids=list(range(num_tokens))).block_hashes
+
+
+# -- worker side ------------------------------------------------------------------------------------------
+
+
+class Nowhere(LoadStoreSpec):
+    pass
+
+
+class FailingWorker:
+    def __init__(self):
+        self.submitted = []
+
+    def submit_load(self, job, kv_caches):
+        self.submitted.append(job.job_id)
+        return kv_caches
+
+    def get_finished(self):
+        taken, self.submitted = self.submitted, []
+        return [JobResult(job_id, 0, 0.0, "the medium is gone") for job_id in taken]
+
+
+def test_failed_load_names_every_block_it_was_for_block_0_included_and_no_hole():
+    worker = OffloadingConnectorWorker(FailingWorker())
+    blocks = [DeviceBlocks(GroupId(1), np.array([0, -1, 5], np.int32))]
+    job = TransferJob(0, "r", blocks, Nowhere())
+    worker.submit_loads(OffloadingConnectorMetadata(loads=(job,)), {})
+    assert worker.take_received() == set()
+    assert worker.take_failed()["r"].blocks == ((1, 0), (1, 5))
+
+
+# -- spans ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("end_tokens", "chunk"), [(9, 1), (15, 1), (17, 2)])
+def test_tail_is_the_chunk_of_its_last_token(end_tokens, chunk):
+    config = make_config({"full": 1, "state": 1}, tokens_per_hash=1)
+    span = tail_span(ChunkedCaches(config, 1), hashes_of(20, 1), GroupId(1), end_tokens)
+    assert (span.chunks, span.keys.hashes) == (range(chunk, chunk + 1), range(end_tokens - 1, end_tokens))
+
+
+def test_shrinking_prefix_keeps_spans_that_end_before_it_whole():
+    caches = ChunkedCaches(hybrid_config(), 1)
+    tables = {FULL: list(range(8)), STATE: [9]}
+    spans = [
+        whole_span(caches, hashes_of(32), FULL, range(8)),
+        whole_span(caches, hashes_of(32), STATE, range(1)),
+    ]
+    planned = [PlannedSpan(span, block_ids(caches, span, tables[span.group])) for span in spans]
+    _, half, *_ = shrinking_prefixes(caches, planned)
+    assert [(part.span.group, part.span.chunks) for part in half] == [(FULL, range(4)), (STATE, range(1))]
+    assert [part.block_ids.tolist() for part in half] == [[0, 1, 2, 3], [9]]
+
+
+def test_chunks_of_one_token_end_one_after_another():
+    config = KVCacheConfig((KVCacheGroupSpec(("a",), FullAttentionSpec(1, 1, 1, np.int64), 9),))
+    caches = ChunkedCaches(config, 1)
+    span = whole_span(caches, hashes_of(4, 1), FULL, range(4))
+    prefixes = shrinking_prefixes(caches, [PlannedSpan(span, np.arange(4, dtype=np.int32))])
+    assert [sum(len(part.span) for part in parts) for parts in prefixes] == [4, 2, 1]
+
+
+# -- lookups and loads ------------------------------------------------------------------------------------
+
+
+class AskedManager(OffloadingManager):
+    """Answers lookups from a table."""
+
+    def __init__(self, answers):
+        self.answers = answers
+        self.asked_by = []
+
+    def lookup(self, key, ctx):
+        self.asked_by.append(ctx)
+        return self.answers[key]
+
+    prepare_load = complete_load = prepare_store = complete_store = touch = reset_cache = None
+
+
+def test_tail_without_a_name_is_not_there_and_not_asked_for():
+    manager = AskedManager({})
+    caches = ChunkedCaches(hybrid_config(), 1)
+    question = Question(hashes_of(8), 0, 8)
+    presence = HostPresence(caches, question, manager, CTX, takes_retry_as_miss=False)
+    assert not presence.has_tail(STATE, 12)
+    assert not manager.asked_by
+
+
+@pytest.mark.parametrize(("answers", "num_found"), [("HHRH", (2, 1)), ("HHHH", (4, 4)), ("MHHH", (0, 3))])
+def test_where_retry_is_a_miss_the_chunks_up_to_it_are_found(answers, num_found):
+    results = {"H": LookupResult.HIT, "M": LookupResult.MISS, "R": LookupResult.RETRY}
+    caches, hashes = ChunkedCaches(make_config({"full": 1}), 1), hashes_of(16)
+    keys = caches.keys(hashes, FULL, range(4))
+    manager = AskedManager({key: results[letter] for key, letter in zip(keys, answers, strict=True)})
+    for count, expected in zip(("count_leading", "count_trailing"), num_found, strict=True):
+        presence = HostPresence(caches, Question(hashes, 0, 16), manager, CTX, takes_retry_as_miss=True)
+        assert getattr(presence, count)(FULL, range(4)) == expected
+    assert all(ctx is CTX for ctx in manager.asked_by)
+
+
+def test_only_the_number_of_tokens_that_was_promised_can_be_loaded():
+    loop = Loop()
+    loop.serve("first", PROMPT)
+    second = loop.add("second", PROMPT)
+    promised, _ = loop.connector.get_num_new_matched_tokens(second, 0)
+    tables = [list(range(group.num_blocks)) for group in loop.config.groups]
+    with pytest.raises(RequestError, match=f"promised {promised} tokens"):
+        loop.connector.update_state_after_alloc(second, tables, promised - 8)
+    loop.run()
+    loop.close()
+
+
+# -- counters ---------------------------------------------------------------------------------------------
+
+
+def test_hits_and_evictions_add_up():
+    metrics = Metrics(ChunkedCaches(hybrid_config(), 1))
+    runs = KeyRuns([KeyRun(hashes_of(16), FULL, 0, 1, 3)])
+    for _ in range(2):
+        metrics.hit(12, runs)
+        metrics.evicted(runs)
+    stats = metrics.snapshot(None)
+    assert (stats.hit_tokens, stats.groups[0].hit_chunks, stats.groups[0].evicted_chunks) == (24, 6, 6)
+
+
+class SilentConnector(KVConnectorBase):
+    pass
+
+
+SilentConnector.__abstractmethods__ = frozenset()
+
+
+def test_tiers_are_named_only_where_tokens_came_from_one():
+    connector = SilentConnector()
+    assert connector.get_external_cache_hit_sources(LoopRequest("r", PROMPT), 8) == {"host": 8}
+    assert connector.get_external_cache_hit_sources(LoopRequest("r", PROMPT), 0) == {}
+
+
+# -- backends ---------------------------------------------------------------------------------------------
+
+
+class Told(OffloadingSpec):
+    """Remembers what it was made from, and goes no further."""
+
+    options: BackendOptions
+
+    def __init__(self, options):
+        type(self).options = options
+        raise InterruptedError
+
+    get_manager = get_worker = shutdown = None
+
+
+def test_backend_is_told_every_option_of_the_config():
+    options = {
+        "host_bytes": 1 << 20,
+        "blocks_per_chunk": 2,
+        "eviction_policy": "arc",
+        "store_threshold": 3,
+        "transfer_backend": "xla",
+        "portable_pages": True,
+        "data_shard": 1,
+        "enable_events": True,
+    }
+    config = OffloadingConfig(backend=f"{__name__}.Told", backend_options={"path": "/mnt"}, **options)
+    hints, caches = {"full.0": None}, hybrid_config()
+    with pytest.raises(InterruptedError):
+        OffloadingConnector(config, caches, hints=hints)
+    told = Told.options
+    assert {name: getattr(told, name) for name in options} == options
+    assert (told.extra, told.hints, told.kv_cache_config) == ({"path": "/mnt"}, hints, caches)
+
+
+class Impostor(OffloadingSpec):
+    def __new__(cls, options):
+        return options
+
+    get_manager = get_worker = shutdown = None
+
+
+def test_backend_that_makes_something_else_is_named():
+    options = BackendOptions(hybrid_config(), 1)
+    with pytest.raises(ConfigError, match=r"Impostor' made BackendOptions.*no OffloadingSpec"):
+        make_offloading_spec(f"{__name__}.Impostor", options)
