@@ -11,6 +11,7 @@ from jaxkv.connector.lookup import HostPresence, Question
 from jaxkv.connector.metadata import OffloadingConnectorMetadata
 from jaxkv.connector.metrics import Metrics
 from jaxkv.connector.spans import PlannedSpan, block_ids, shrinking_prefixes, tail_span, whole_span
+from jaxkv.connector.store_plan import SkipReason
 from jaxkv.connector.worker import OffloadingConnectorWorker
 from jaxkv.errors import ConfigError, RequestError
 from jaxkv.hash_chain import ChainRoot, HashChain
@@ -136,6 +137,32 @@ def test_only_the_number_of_tokens_that_was_promised_can_be_loaded():
     tables = [list(range(group.num_blocks)) for group in loop.config.groups]
     with pytest.raises(RequestError, match=f"promised {promised} tokens"):
         loop.connector.update_state_after_alloc(second, tables, promised - 8)
+    loop.run()
+    loop.close()
+
+
+# -- stores -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blocks_per_chunk", [1, 2])
+def test_chunks_the_backend_holds_are_left_out_of_the_job_and_counted(blocks_per_chunk):
+    loop = Loop(blocks_per_chunk=blocks_per_chunk, max_step_tokens=32)
+    manager, metadata = loop.spec.get_manager(), []
+    request = loop.add("first", PROMPT)
+    held = ChunkedCaches(loop.config, blocks_per_chunk).keys(request.block_hashes, FULL, range(1, 2))
+    assert manager.prepare_store(held, CTX) is not None
+    manager.complete_store(held, CTX)
+    build = loop.connector.build_connector_meta
+    loop.connector.build_connector_meta = lambda output: metadata.append(build(output)) or metadata[-1]
+    loop.step()
+    table = request.tables[FULL][: 32 // BLOCK]
+    loop.step()
+    (job,) = metadata[1].stores
+    stored = {blocks.group: blocks.block_ids.tolist() for blocks in job.blocks}
+    assert stored[FULL] == table[:blocks_per_chunk] + table[2 * blocks_per_chunk :]
+    skipped = loop.connector.get_stats().groups[FULL].skipped_chunks
+    assert skipped == {SkipReason.HELD: 1}
+    assert loop.connector.get_stats().groups[1].skipped_chunks[SkipReason.HELD] == 0
     loop.run()
     loop.close()
 
