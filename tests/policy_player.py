@@ -53,12 +53,17 @@ class Player:
         output = self.manager.prepare_store(keys, ctx)
         if output is None:
             return None
-        if output.keys_to_store:
-            self._jobs[job] = (self.manager.complete_store, output.keys_to_store, ctx)
-        wanted = set(output.keys_to_store)
-        assert list(output.keys_to_store) == [key for key in keys if key in wanted]
-        skipped = [place for place, key in enumerate(keys) if key not in wanted]
-        return [skipped, [self._numbers[key] for key in output.evicted_keys]]
+        return [self._start_store(job, keys, output.keys_to_store, ctx), self._named(output.evicted_keys)]
+
+    def store_together(self, offers):
+        """Several stores in one call. Answers what is skipped of each, and all that is evicted."""
+        asked = [(self._keys_of(request, runs), self._contexts[request]) for _, request, runs in offers]
+        output = self.manager.prepare_stores(asked)
+        skipped = [
+            None if to_store is None else self._start_store(job, keys, to_store, ctx)
+            for (job, *_), (keys, ctx), to_store in zip(offers, asked, output.keys_to_store, strict=True)
+        ]
+        return skipped, self._named(output.evicted_keys)
 
     def stored(self, job, success):
         self._complete(job, success=success)
@@ -74,6 +79,17 @@ class Player:
         self.manager.reset_cache()
         for job in jobs:
             self._complete(job, success=True)
+
+    def _start_store(self, job, keys, keys_to_store, ctx):
+        """Answers the places of the keys that are not stored."""
+        if keys_to_store:
+            self._jobs[job] = (self.manager.complete_store, keys_to_store, ctx)
+        wanted = set(keys_to_store)
+        assert list(keys_to_store) == [key for key in keys if key in wanted]
+        return [place for place, key in enumerate(keys) if key not in wanted]
+
+    def _named(self, keys):
+        return [self._numbers[key] for key in keys]
 
     def _complete(self, job, *, success):
         complete, keys, ctx = self._jobs.pop(job)

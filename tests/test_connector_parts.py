@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from connector_loop import BLOCK, Loop, LoopRequest, hybrid_config
+from connector_loop import BLOCK, Loop, hybrid_config
 from loop_model import make_config
 
-from jaxkv.connector import KVConnectorBase, OffloadingConfig, OffloadingConnector
+from jaxkv.connector import OffloadingConfig, OffloadingConnector
 from jaxkv.connector.chunks import ChunkedCaches
 from jaxkv.connector.lookup import HostPresence, Question
 from jaxkv.connector.metadata import OffloadingConnectorMetadata
@@ -178,19 +178,6 @@ def test_hits_and_evictions_add_up():
         metrics.evicted(runs)
     stats = metrics.snapshot(None)
     assert (stats.hit_tokens, stats.groups[0].hit_chunks, stats.groups[0].evicted_chunks) == (24, 6, 6)
-
-
-class SilentConnector(KVConnectorBase):
-    pass
-
-
-SilentConnector.__abstractmethods__ = frozenset()
-
-
-def test_tiers_are_named_only_where_tokens_came_from_one():
-    connector = SilentConnector()
-    assert connector.get_external_cache_hit_sources(LoopRequest("r", PROMPT), 8) == {"host": 8}
-    assert connector.get_external_cache_hit_sources(LoopRequest("r", PROMPT), 0) == {}
 
 
 # -- backends ---------------------------------------------------------------------------------------------

@@ -209,25 +209,27 @@ def test_reset_leaves_slots_to_the_jobs_under_way_and_refuses_their_keys_until_t
 
 def test_shrinking_offers_of_a_step_store_its_beginning_at_once():
     loop = Loop(pool_bytes=16 * 512, slab_bytes=16 * 512, max_step_tokens=64)
-    manager, real, offers = loop.spec.get_manager(), loop.spec.get_manager().prepare_store, []
+    manager, offers = loop.spec.get_manager(), []
+    prepare_store, prepare_stores = manager.prepare_store, manager.prepare_stores
 
-    def prepare_store(offered, ctx):
-        output = real(offered, ctx)
-        offers.append((loop.num_steps, len(offered), output is not None))
+    def store_alone(offered, ctx):
+        output = prepare_store(offered, ctx)
+        offers.append((len(offered), output is not None))
         return output
 
-    manager.prepare_store = prepare_store
-    loop.num_steps = 0
+    def store_together(asked):
+        output = prepare_stores(asked)
+        answers = zip(asked, output.keys_to_store, strict=True)
+        offers.extend((len(offered), keys is not None) for (offered, _), keys in answers)
+        return output
+
+    manager.prepare_store, manager.prepare_stores = store_alone, store_together
     loop.add("first", PROMPT, 3)
     while not offers:
-        loop.num_steps += 1
         loop.step()
-    sizes = [size for _, size, _ in offers]
-    assert sizes == sorted(sizes, reverse=True)
-    assert [taken for _, _, taken in offers] == [False] * (len(offers) - 1) + [True]
-    assert len({step for step, _, _ in offers}) == 1
-    assert len(offers) > 1
-    del manager.prepare_store
+    assert [taken for _, taken in offers] == [False, True]
+    assert offers[0][0] > offers[1][0] > 0
+    del manager.prepare_store, manager.prepare_stores
     loop.run()
     loop.close()
 

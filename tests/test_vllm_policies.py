@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import fields
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,22 @@ def test_every_answer_is_vllms(make_manager, policy, trace):
     for number, recorded in enumerate(trace["ops"]):
         call, answers = (recorded[:-1], recorded[-1:]) if recorded[0] in ANSWERED else (recorded, [None])
         assert [player.play(call)] == answers, f"call {number} of the trace, {call}"
+    assert not player.manager.leaks()
+
+
+@pytest.mark.parametrize(("policy", "trace"), CASES)
+def test_stores_of_a_step_together_are_answered_as_one_after_another(policy, trace):
+    setup = setup_of(trace)
+    player = Player(make_host(policy, setup), setup)
+    for is_store, group in groupby(trace["ops"], key=lambda call: call[0] == "store"):
+        if not is_store:
+            for call in group:
+                player.play(call[:-1] if call[0] in ANSWERED else call)
+            continue
+        offers, answers = zip(*[(call[1:-1], call[-1]) for call in group], strict=True)
+        skipped, evicted = player.store_together(offers)
+        assert skipped == [answer and answer[0] for answer in answers]
+        assert evicted == [key for answer in answers if answer for key in answer[1]]
     assert not player.manager.leaks()
 
 

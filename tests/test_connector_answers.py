@@ -1,0 +1,183 @@
+"""What single calls of the connector answer, where no loop would notice a wrong word."""
+
+from dataclasses import dataclass
+
+import pytest
+from connector_loop import Loop, LoopRequest, hybrid_config
+from loop_model import make_config, value_of
+
+from jaxkv.connector import (
+    KVConnectorBase,
+    KVConnectorOutput,
+    KVOutputAggregator,
+    LoadFailure,
+    OffloadingConfig,
+    OffloadingConnector,
+)
+from jaxkv.connector.chunks import ChunkedCaches
+from jaxkv.connector.events import EventLog
+from jaxkv.errors import ConfigError, RequestError
+from jaxkv.keys import KeyRun, KeyRuns
+from jaxkv.offload import OffloadingEvent
+from jaxkv.testing.fake_pool import FakePool
+from jaxkv.testing.fake_worker import FakeOffloadingSpec
+
+PROMPT = list(range(100, 150))
+
+
+class SilentConnector(KVConnectorBase):
+    pass
+
+
+SilentConnector.__abstractmethods__ = frozenset()
+
+
+def test_connector_that_does_nothing_keeps_no_block_and_asks_for_no_step():
+    connector, request = SilentConnector(), LoopRequest("r", PROMPT)
+    assert connector.register_finished_partial_tail(request, [[]], []) is False
+    assert connector.has_pending_push_work() is False
+    assert connector.has_pending_block_frees() is False
+    assert connector.reset_cache() is True
+    assert connector.get_external_cache_hit_sources(request, 8) == {"host": 8}
+    assert connector.get_external_cache_hit_sources(request, 0) == {}
+
+
+def test_missing_host_bytes_is_named_with_an_example():
+    with pytest.raises(ConfigError, match=r"^the connector needs host_bytes, .* such as '1GiB'$"):
+        OffloadingConfig.from_dict({})
+
+
+def test_warm_up_hands_caches_and_sizes_on_and_answers_the_new_caches():
+    loop = Loop()
+    loop.worker.warm_up = lambda kv_caches, max_blocks: (kv_caches, max_blocks)
+    assert loop.connector.warm_up(loop.caches, 7) == (loop.caches, 7)
+    del loop.worker.warm_up
+    loop.close()
+
+
+# -- several workers --------------------------------------------------------------------------------------
+
+
+def test_sends_and_receives_count_once_all_workers_have_named_them():
+    aggregator = KVOutputAggregator(2)
+    half = KVConnectorOutput(finished_sending={"sent"}, finished_recving={"received"})
+    first = aggregator.aggregate([half, KVConnectorOutput()])
+    assert (first.finished_sending, first.finished_recving) == (set(), set())
+    second = aggregator.aggregate([KVConnectorOutput(), half])
+    assert (second.finished_sending, second.finished_recving) == ({"sent"}, {"received"})
+    assert aggregator.aggregate([KVConnectorOutput()] * 2) == KVConnectorOutput()
+
+
+def test_failures_of_several_workers_are_one_with_all_their_blocks_and_reasons():
+    aggregator = KVOutputAggregator(2)
+    failures = [LoadFailure(((0, 4), (1, 5)), "disk"), LoadFailure(((1, 5), (1, 6)), "network")]
+    outputs = [KVConnectorOutput(failed_recving={"r": failure}) for failure in failures]
+    aggregated = aggregator.aggregate(outputs)
+    joined = LoadFailure(((0, 4), (1, 5), (1, 6)), "disk; network")
+    assert (aggregated.finished_recving, aggregated.failed_recving) == ({"r"}, {"r": joined})
+
+
+# -- the end of a request ---------------------------------------------------------------------------------
+
+
+def test_request_of_a_model_of_one_group_is_finished_with_its_one_table():
+    config = make_config({"full": 1})
+    spec = FakeOffloadingSpec(config, FakePool(1 << 16))
+    connector = OffloadingConnector(OffloadingConfig(host_bytes=1), config, spec=spec)
+    request = LoopRequest("r", PROMPT)
+    connector.on_new_request(request)
+    ended = []
+    connector.request_finished_all_groups = lambda *arguments: ended.append(arguments) or (False, None)
+    assert connector.request_finished(request, [1, 2]) == (False, None)
+    assert ended == [(request, ([1, 2],))]
+    del connector.request_finished_all_groups
+    assert connector.request_finished(request, [1, 2]) == (False, None)
+    connector.shutdown()
+
+
+def test_step_should_end_where_the_request_leaves_a_shared_prefix():
+    loop = Loop()
+    loop.serve("first", PROMPT)
+    second = loop.add("second", [*PROMPT[:26], *[3] * 24])
+    assert loop.connector.get_snapshot_boundaries(second) == (48,)
+    assert loop.connector.get_num_new_matched_tokens(second, 0) == (16, True)
+    assert loop.connector.get_snapshot_boundaries(second) == (24, 48)
+    assert loop.connector.get_snapshot_boundaries(LoopRequest("unknown", PROMPT)) == (48,)
+    loop.run()
+    loop.close()
+
+
+# -- states that are handed over --------------------------------------------------------------------------
+
+STATES_FIRST = {"state": 1, "full": 1}
+
+
+def hand_over(loop, request, boundary):
+    """Offer the state of ``boundary`` from a block of its own, and let the request go on."""
+    block = loop.free[0].pop()
+    loop.caches["state.0"][block] = [value_of(tuple(request.tokens[:boundary])), boundary]
+    answer = loop.connector.register_finished_partial_tail(request, request.tables, [(0, block, boundary)])
+    loop.abort(request)
+    loop.run()
+    loop.free[0].append(block)
+    return answer
+
+
+@pytest.mark.parametrize("boundary", [0, -4, 6])
+def test_state_at_no_boundary_is_refused(boundary):
+    loop = Loop(config=make_config(STATES_FIRST))
+    first = loop.add("first", PROMPT)
+    loop.step()
+    match = f"handed over at {boundary} tokens; boundaries are multiples of 4"
+    with pytest.raises(RequestError, match=match):
+        loop.connector.register_finished_partial_tail(first, first.tables, [(0, 0, boundary)])
+    loop.run()
+    loop.close()
+
+
+@pytest.mark.parametrize(("limit", "hits"), [(None, [12]), (12, [12]), (11, [8])])
+def test_tail_with_a_handed_state_is_stored_up_to_the_limit_and_no_further(limit, hits):
+    loop = Loop(config=make_config(STATES_FIRST), offload_prompt_only=False)
+    params = {} if limit is None else {"max_offload_tokens": limit}
+    first = loop.add("first", PROMPT[:6], 20, kv_transfer_params=params)
+    while first.num_computed_tokens < 14:
+        loop.step()
+    assert hand_over(loop, first, 12) is False
+    assert loop.serve("second", first.tokens[:13]).host_hits == hits
+    loop.close()
+
+
+def test_state_is_handed_over_at_the_first_link_where_a_link_is_one_token():
+    loop = Loop(config=make_config(STATES_FIRST, tokens_per_hash=1), max_step_tokens=14)
+    first = loop.add("first", PROMPT[:14], 9)
+    loop.step()
+    hand_over(loop, first, 1)
+    loop.close()
+
+
+# -- events -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RequestOfVllm:
+    """Shows its tokens as vLLM's requests do."""
+
+    all_token_ids: list[int]
+    token_ids: list[int]
+    block_hashes: list[bytes]
+
+
+def test_tokens_of_an_event_are_those_of_all_token_ids_where_a_request_has_them():
+    log = EventLog(ChunkedCaches(hybrid_config(), 1), enabled=True, self_describing=True)
+    hashes = LoopRequest("r", PROMPT).block_hashes
+    request = RequestOfVllm(PROMPT, [0] * len(PROMPT), hashes)
+    keys = KeyRuns([KeyRun(request.block_hashes, 0, 1, 1, 2)])
+
+    class Backend:
+        def take_events(self):
+            return [OffloadingEvent(tuple(keys), "host", removed=False)]
+
+    log.store_started(1, request, keys)
+    log.store_ended(1, success=True)
+    (event,) = log.take(Backend())
+    assert event.token_ids == tuple(PROMPT[4:12])
