@@ -265,12 +265,11 @@ class _Planning:
             for chunk in range(max(chunks.start, passed.start), min(chunks.stop, passed.stop))
         }
         # Chunks of states that were handed over are planned with those of the group.
-        handed = {
-            end // hit_group.tokens_per_chunk - 1 for owner, end in tenure.handed_states if owner == group
-        }
-        passed_over = [
-            chunk for chunk in sorted(needed - handed) if not tenure.boundaries.needs(hit_group, chunk)
-        ]
+        size = hit_group.tokens_per_chunk
+        needed.difference_update(
+            end // size - 1 for owner, end in tenure.handed_states if owner == group and end % size == 0
+        )
+        passed_over = [chunk for chunk in sorted(needed) if not tenure.boundaries.needs(hit_group, chunk)]
         self._plan_chunks(group, passed_over)
 
     def _skip(self, group: GroupId, reason: SkipReason, num_chunks: int) -> None:
