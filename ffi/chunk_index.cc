@@ -6,6 +6,7 @@
 namespace jaxkv {
 namespace {
 
+constexpr size_t kAhead = 8;
 constexpr size_t kMaxGroups = std::numeric_limits<uint16_t>::max();
 
 // The strides of slots, each once, in the order of their first group.
@@ -220,9 +221,10 @@ void ChunkIndex::EndRequest(const std::string& request) {
   RequestRecord record = log_.Take(request);
   record.Sort();
   const std::vector<Access>& accesses = record.accesses();
-  for (auto access = accesses.rbegin(); access != accesses.rend(); ++access) {
-    const KeyId id = access->id;
-    NoteRank(id, PolicyOf(id).EndRequest(id, access->kind(), clock_ + 1));
+  for (size_t i = accesses.size(); i-- > 0;) {
+    if (i >= kAhead) PrefetchChunk(accesses[i - kAhead].id);
+    const KeyId id = accesses[i].id;
+    NoteRank(id, PolicyOf(id).EndRequest(id, accesses[i].kind(), clock_ + 1));
   }
   log_.Release(record);
 }

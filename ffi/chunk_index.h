@@ -118,6 +118,11 @@ class ChunkIndex {
   EvictionPolicy& PolicyOf(KeyId id) { return *sizes_[SizeOf(id)].policy; }
   SlabId SlabOf(SlotRef slot) const { return static_cast<SlabId>(slot.offset / slab_bytes_); }
 
+  void PrefetchChunk(KeyId id) const {
+    Prefetch(&keys_[id]);
+    Prefetch(&nodes_[id]);
+  }
+
   void LearnCut();
   void CheckGroups(KeyBatch batch) const;
   std::vector<KeyId> FindAll(KeyBatch batch) const;

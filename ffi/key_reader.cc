@@ -30,7 +30,11 @@ void MakeKey(PyObject* bytes, const uint8_t* end, OffloadKey* key) {
   key->size = static_cast<uint8_t>(size);
 }
 
-int64_t IntAttribute(nb::handle object, const char* name) { return nb::cast<int64_t>(object.attr(name)); }
+int64_t IntAttribute(nb::handle object, const char* name) {
+  const int64_t value = PyLong_AsLongLong(nb::object(object.attr(name)).ptr());
+  if (value == -1 && PyErr_Occurred() != nullptr) throw nb::python_error();
+  return value;
+}
 
 }  // namespace
 
@@ -62,17 +66,12 @@ KeyReader::KeyReader(nb::handle keys, const KeyTypes& types) {
 
 void KeyReader::AddRun(nb::handle run) {
   const nb::object hashes = run.attr("hashes");
-  const auto group = nb::cast<uint32_t>(run.attr("group"));
-  Part part{run.attr("block_hashes"),
-            IntAttribute(hashes, "start"),
-            IntAttribute(hashes, "step"),
-            nb::len(hashes),
-            true,
-            {}};
-  const int64_t stop = IntAttribute(hashes, "stop");
-  if (part.first < 0 || std::max(part.first, stop) > std::numeric_limits<Position>::max()) {
-    throw nb::index_error("a run of keys lies outside its block hashes");
+  const int64_t group = IntAttribute(run, "group");
+  if (group < 0 || group > std::numeric_limits<uint32_t>::max()) {
+    throw nb::value_error("a group has a number from 0 to 2**32 - 1");
   }
+  Part part{run.attr("block_hashes"), IntAttribute(hashes, "start"), IntAttribute(hashes, "step"),
+            nb::len(hashes), true, {}};
   if (!PyList_Check(part.items.ptr()) && !PyTuple_Check(part.items.ptr())) {
     part.items = nb::steal(PySequence_Fast(part.items.ptr(), "expected a sequence of block hashes"));
     if (!part.items.is_valid()) throw nb::python_error();
@@ -80,8 +79,21 @@ void KeyReader::AddRun(nb::handle run) {
   for (size_t i = 0; i < OffloadKey::kGroupBytes; ++i) {
     part.group_bytes[i] = static_cast<uint8_t>(group >> 8 * (OffloadKey::kGroupBytes - 1 - i));
   }
+  CheckInside(part, 0, part.count);
   size_ += part.count;
   parts_.push_back(std::move(part));
+}
+
+void KeyReader::CheckInside(const Part& part, size_t first, size_t n) {
+  if (n == 0) return;
+  const int64_t num_items = PySequence_Fast_GET_SIZE(part.items.ptr());
+  // In floating point, where nothing overflows; what is close to the limits is far outside.
+  const double start = static_cast<double>(part.first) + static_cast<double>(part.step) * first;
+  const double last = start + static_cast<double>(part.step) * (n - 1);
+  if (std::min(start, last) >= 0 && std::max(start, last) < num_items) return;
+  PyErr_Format(PyExc_IndexError, "a run of keys lies outside its %lld block hashes",
+               static_cast<long long>(num_items));
+  throw nb::python_error();
 }
 
 void KeyReader::Read(size_t first, size_t n, OffloadKey* keys, Position* positions) const {
@@ -101,15 +113,9 @@ void KeyReader::Read(size_t first, size_t n, OffloadKey* keys, Position* positio
 }
 
 void KeyReader::ReadPart(const Part& part, size_t first, size_t n, OffloadKey* keys, Position* positions) {
-  PyObject* items = part.items.ptr();
-  PyObject** objects = PySequence_Fast_ITEMS(items);
-  // A list may have become shorter since the run was made.
-  const int64_t num_items = PySequence_Fast_GET_SIZE(items);
+  CheckInside(part, first, n);  // Again: lists may have become shorter.
+  PyObject** objects = PySequence_Fast_ITEMS(part.items.ptr());
   int64_t at = part.first + static_cast<int64_t>(first) * part.step;
-  const int64_t last = at + (static_cast<int64_t>(n) - 1) * part.step;
-  if (n != 0 && (std::max(at, last) >= num_items || std::min(at, last) < 0)) {
-    throw nb::index_error("a run of keys lies outside its block hashes");
-  }
   for (size_t i = 0; i < n; ++i, at += part.step) {
     if (i + kAhead < n) Prefetch(objects[at + static_cast<int64_t>(kAhead) * part.step]);
     MakeKey(objects[at], part.is_run ? part.group_bytes : nullptr, &keys[i]);

@@ -49,6 +49,7 @@ class KeyReader {
   };
 
   void AddRun(nanobind::handle run);
+  static void CheckInside(const Part& part, size_t first, size_t n);
   static void ReadPart(const Part& part, size_t first, size_t n, OffloadKey* keys, Position* positions);
 
   std::vector<Part> parts_;

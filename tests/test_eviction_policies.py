@@ -5,13 +5,17 @@ import weakref
 from collections.abc import Iterator
 from typing import ClassVar
 
+import numpy as np
 import pytest
+from fifo_policy import FIFOPolicy
 
+from jaxkv.connector import OffloadingConfig, OffloadingConnector
 from jaxkv.errors import ConfigError
 from jaxkv.keys import BlockHash, GroupId, OffloadKey, make_offload_key
-from jaxkv.offload import CachePolicy, LookupResult, ReqContext
+from jaxkv.offload import LookupResult, ReqContext
 from jaxkv.offload.host_manager import HostOffloadingManager
 from jaxkv.offload.policies import find_policy
+from jaxkv.spec import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from jaxkv.testing.fake_pool import FakePool
 
 CTX = ReqContext("r")
@@ -114,26 +118,19 @@ def test_arc_forgets_ghosts_and_target_at_a_reset():
 # -- policies in Python --------------------------------------------------------------------------------------
 
 
-class FIFO(CachePolicy):
-    """Gives up the chunk stored first, whatever happened since."""
+class FIFO(FIFOPolicy):
+    """The example, and what it was told."""
 
     made: ClassVar[list] = []
 
     def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
-        self.keys: dict[OffloadKey, None] = {}
+        super().__init__(num_slots)
         self.calls: list[tuple] = []
         FIFO.made.append(self)
 
-    def insert(self, key: OffloadKey) -> None:
-        self.keys[key] = None
-
     def remove(self, key: OffloadKey, *, evicted: bool) -> None:
+        super().remove(key, evicted=evicted)
         self.calls.append(("remove", *numbers_of([key]), evicted))
-        del self.keys[key]
-
-    def victims(self) -> Iterator[OffloadKey]:
-        return iter(self.keys)
 
     def touch(self, key: OffloadKey) -> None:
         self.calls.append(("touch", *numbers_of([key])))
@@ -294,9 +291,22 @@ def test_unknown_policy_is_named_with_the_known_ones(name):
 
 def test_policy_is_found_by_name_or_dotted_path():
     assert [find_policy(name) for name in ("lru", "arc")] == ["lru", "arc"]
-    assert find_policy(f"{__name__}.FIFO") is FIFO
-    make_manager(f"{__name__}.FIFO")
-    assert [type(policy) for policy in FIFO.made] == [FIFO]
+    assert find_policy("fifo_policy.FIFOPolicy") is FIFOPolicy
+    manager, _ = make_manager("fifo_policy.FIFOPolicy")
+    store(manager, keys(*range(8)))
+    reuse(manager, 0)
+    assert evicted_by(manager, 8) == [0]
+
+
+def test_connector_evicts_by_the_policy_of_its_config():
+    group = KVCacheGroupSpec(("kv",), FullAttentionSpec(4, 1, 8, np.float32), 64)
+    options = {"host_bytes": "4KiB", "eviction_policy": "fifo_policy.FIFOPolicy", "store_threshold": 1}
+    connector = OffloadingConnector(OffloadingConfig.from_dict(options), KVCacheConfig((group,)))
+    manager = connector._spec.get_manager()
+    store(manager, keys(*range(8)))
+    reuse(manager, 0)
+    assert evicted_by(manager, 8) == [0]
+    connector.shutdown()
 
 
 # -- threshold -----------------------------------------------------------------------------------------------

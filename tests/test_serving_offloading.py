@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from toy_model import ToyModel, make_config, oracle_tokens, random_prompt, share
 
 from jaxkv.connector import OffloadingConfig, OffloadingConnector
 from jaxkv.connector.lookup import Deferral
-from jaxkv.offload import LookupResult
+from jaxkv.offload import LookupResult, OffloadingManager
 from jaxkv.serving import EngineConfig, LLMEngine, SamplingParams
 
 ALL = ("full", "window", "state")
@@ -173,6 +174,8 @@ def test_a_backend_that_never_answers_a_lookup_costs_time_and_no_request(monkeyp
     expect(engine, [prompt])
     engine.reset_prefix_cache()
     monkeypatch.setattr(manager, "lookup", lambda *_: LookupResult.RETRY)
+    for name in ("lookup_prefix", "lookup_suffix"):
+        monkeypatch.setattr(manager, name, partial(getattr(OffloadingManager, name), manager))
     assert expect(engine, [prompt])[0].metrics.computed_tokens == 50
     assert engine.connector.get_stats().deferred[Deferral.RETRY] > 0
     close(engine)

@@ -117,6 +117,31 @@ void CheckRankedList() {
   assert(list.size() == 4 && list.last() == 4 && !list.Has(0) && list.Has(5));
 }
 
+// However many members are in use, and however long: a search meets each of them once.
+void CheckSearchesAreShort() {
+  constexpr uint32_t kMany = 5000;
+  RankNodes nodes;
+  nodes.Reach(kMany);
+  RankedList list(&nodes, 0);
+  for (uint32_t id = 0; id < kMany; ++id) list.Append(id, id + 1);
+  uint32_t num_judged = 0;
+  uint32_t num_in_use = kMany - 1;
+  const auto judge = [&](uint32_t id) {
+    ++num_judged;
+    return id < num_in_use ? Verdict::kInUse : Verdict::kTake;
+  };
+  for (const uint32_t expected : {kMany, uint32_t{1}, uint32_t{1}}) {
+    num_judged = 0;
+    RankedList::Search search = list.Begin();
+    assert(list.Next(&search, judge) == kMany - 1 && num_judged == expected);
+  }
+  num_in_use = 0;
+  for (uint32_t id = 0; id < kMany - 1; ++id) list.EndUse(id);
+  num_judged = 0;
+  RankedList::Search search = list.Begin();
+  assert(list.Next(&search, judge) == 0 && num_judged == 2);  // The first in line, and the first aside.
+}
+
 // Ghosts move the target of T1, are forgotten oldest first, and a touched ghost is young again.
 void CheckArcGhosts() {
   KeyTable table(8);
@@ -321,6 +346,7 @@ void CheckRandomWalk(MakeEvictionPolicy policy, int64_t threshold) {
 int main() {
   CheckTable();
   CheckRankedList();
+  CheckSearchesAreShort();
   CheckArcGhosts();
   CheckTracker();
   CheckRecord();
