@@ -45,7 +45,7 @@ fuzz: $(VENV)/.jaxkv
 mutants: $(VENV)/.jaxkv $(VENV)/.mutants
 	mkdir -p mutants/jaxkv
 	cp $$($(BIN)/python -P -c 'import jaxkv._native; print(jaxkv._native.__file__)') mutants/jaxkv/
-	$(BIN)/mutmut run $(MUTANTS)
+	PATH=$(abspath $(BIN)):$$PATH mutmut run $(MUTANTS)
 	$(BIN)/mutmut results | sed '/not checked/d'
 
 test-families:
