@@ -19,6 +19,7 @@ from jaxkv.connector.events import EventLog, KVCacheEvent
 from jaxkv.connector.metadata import OffloadingConnectorMetadata, OffloadingWorkerMetadata
 from jaxkv.connector.metrics import ConnectorStats
 from jaxkv.connector.protocols import BlockTables, PartialTailOffload, Request, SchedulerOutput
+from jaxkv.connector.retention import Retention
 from jaxkv.connector.scheduler import OffloadingScheduler
 from jaxkv.connector.sizes import parse_bytes
 from jaxkv.connector.tenures import StorePolicy
@@ -54,6 +55,7 @@ class OffloadingConnector(KVConnectorBase):
         hints: Hints | None = None,
     ) -> None:
         caches = ChunkedCaches(kv_cache_config, config.blocks_per_chunk)
+        Retention.of(caches, config.retention_interval)  # Raises before the backend takes any memory.
         self._spec = spec if spec is not None else _make_spec(config, kv_cache_config, hints or {})
         claim(self._spec)
         events = EventLog(caches, enabled=config.enable_events, self_describing=config.self_describing_events)
