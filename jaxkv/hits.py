@@ -66,11 +66,15 @@ def missing_chunks(group: HitGroup, boundary_tokens: int, known_tokens: int) -> 
     """Those of ``required_chunks`` of which ``known_tokens`` do not cover all that is read."""
     sinks, behind = required_chunks(group, boundary_tokens)
     first_unknown = known_tokens // group.tokens_per_chunk
-    knows_sinks = known_tokens >= _unread_tokens(group.spec, boundary_tokens).start
-    return (
-        range(0) if knows_sinks else range(first_unknown, max(first_unknown, sinks.stop)),
-        range(max(first_unknown, behind.start), max(first_unknown, behind.stop)),
-    )
+    unread = _unread_tokens(group.spec, boundary_tokens)
+    if known_tokens < unread.start:
+        first_behind = max(first_unknown, behind.start)
+        sinks = range(first_unknown, max(first_unknown, sinks.stop))
+    else:
+        # A chunk of which only sinks are read, and unread tokens lie behind them, is known well enough.
+        first_behind = max(first_unknown, behind.start, unread.stop // group.tokens_per_chunk)
+        sinks = range(0)
+    return sinks, range(first_behind, max(first_behind, behind.stop))
 
 
 def cut_chunk(group: HitGroup, boundary_tokens: int) -> int | None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxkv.hits import HitGroup, longest_hit, longest_tail, required_chunks, unread_blocks
+from jaxkv.hits import HitGroup, longest_hit, longest_tail, missing_chunks, required_chunks, unread_blocks
 from jaxkv.spec import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
@@ -262,3 +262,10 @@ def test_longest_tail_is_the_largest_boundary_all_whole_and_cut_chunks_are_there
     good = [boundary for boundary in range(known + 1, limit + 1) if servable_cut(boundary)]
     found = longest_tail(groups, known, range(known + 1, limit + 1), Table(table, tails))
     assert found == max(good, default=None)
+
+
+def test_chunk_of_which_only_sinks_are_read_is_not_missing_where_the_device_holds_them():
+    """At 48 tokens a window of 13 reads 36 to 47 and the 7 sinks; the device holds 16 tokens."""
+    group = HitGroup(window(13, 8, sinks=7), 24)
+    assert flat(missing_chunks(group, 48, 16)) == (1,)
+    assert flat(missing_chunks(group, 48, 0)) == (0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from jaxkv.serving import EngineConfig, Request, SamplingParams
 from jaxkv.serving.block_pool import BlockPool
 from jaxkv.serving.cache_manager import CacheManager
 from jaxkv.serving.chunking import Chunk, ChunkRules, chunk_choices, pick_shape
+from jaxkv.spec import KVCacheConfig, KVCacheGroupSpec, MambaSpec
 
 
 def name(text):
@@ -161,3 +163,20 @@ def test_hashes_chain_from_the_root_and_grow_with_the_tokens():
 @pytest.mark.parametrize(("seqs", "rows"), [(1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (8, (1, 2, 4, 8))])
 def test_decode_is_compiled_for_powers_of_two_and_the_largest_batch(seqs, rows):
     assert EngineConfig(max_num_seqs=seqs).decode_rows == rows
+
+
+def test_a_state_block_reserved_for_a_later_step_is_told_of_where_it_is_used():
+    """Loaded to 13 tokens, with a block reserved for 13 to 24; then 13 to 14 and 14 to 18 are computed."""
+    state = MambaSpec(3, ((2,),), (np.uint32,))
+    cache = CacheManager(KVCacheConfig((KVCacheGroupSpec(("s",), state, 8),), tokens_per_hash=1), 60)
+    chain = HashChain(ChainRoot("m", 1))
+    request = Request("r", list(range(24)), SamplingParams(), chain=chain, arrival_s=0.0)
+    assert cache.admit(request, 0, 13, Chunk(13, 24, 16))
+    cache.all_tables(request)
+    (table,) = cache.loaded_tables(request, 13)
+    for chunk in (Chunk(13, 14, 1), Chunk(14, 18, 16)):
+        assert cache.extend(request, chunk)
+        table += (cache.new_tables(request) or [[]])[0]
+        written = int(cache.row(request, 0)[(chunk.end - 1) // 3])
+        assert table[(chunk.end - 1) // 3] == written
+        assert len(table) == -(-chunk.end // 3)

@@ -88,11 +88,15 @@ def blocks_of_step(spec: LayerSpec, chunk: Chunk, num_tokens: int) -> tuple[rang
 @final
 @dataclass(slots=True)
 class _RequestTables:
-    """Tables of one request, how many of its tokens are findable, and what the connector has been told."""
+    """Tables of one request, how many of its tokens are findable, and what the connector has been told.
+
+    ``step_end`` are the tokens that are computed once the planned step has run.
+    """
 
     tables: tuple[BlockTable, ...]
     registered_tokens: int
     reported: tuple[int, ...]
+    step_end: int
 
 
 @final
@@ -147,7 +151,7 @@ class CacheManager:
                 return False
         tables = tuple(BlockTable(max_blocks) for max_blocks in self.max_blocks)
         # Known to the manager before any block is taken, so that release() finds what an exception left.
-        self._held[request.request_id] = _RequestTables(tables, device_hit, (0,) * len(tables))
+        self._held[request.request_id] = _RequestTables(tables, device_hit, (0,) * len(tables), chunk.end)
         for pool, table, (cached, fresh) in zip(self.pools, tables, plans, strict=True):
             for index, block in cached.items():
                 pool.acquire(block)
@@ -161,7 +165,8 @@ class CacheManager:
 
         First gives back what neither this nor a later token reads.
         """
-        tables = self._held[request.request_id].tables
+        held = self._held[request.request_id]
+        tables, held.step_end = held.tables, chunk.end
         self._release_unread(tables, chunk.start)
         self._place_reserved_states(tables, chunk)
         wanted = [
@@ -235,13 +240,22 @@ class CacheManager:
         return [table.block_ids(0, end) for table, end in zip(held.tables, held.reported, strict=True)]
 
     def new_tables(self, request: Request) -> list[list[BlockId | None]] | None:
-        """Entries appended since the connector was last told, or ``None`` if there are none."""
+        """Entries appended since the connector was last told, or ``None`` if there are none.
+
+        A state block that is reserved for a later step may still be moved, so it is not told of yet.
+        """
         held = self._held[request.request_id]
-        lengths = tuple(table.length for table in held.tables)
-        if lengths == held.reported:
+        ends = tuple(
+            max(told, min(table.length, ceil_div(held.step_end, spec.block_size)))
+            if isinstance(spec, MambaSpec)
+            else table.length
+            for spec, table, told in zip(self.specs, held.tables, held.reported, strict=True)
+        )
+        if ends == held.reported:
             return None
-        new = [table.block_ids(first) for table, first in zip(held.tables, held.reported, strict=True)]
-        held.reported = lengths
+        told = zip(held.tables, held.reported, ends, strict=True)
+        new = [table.block_ids(first, end) for table, first, end in told]
+        held.reported = ends
         return new
 
     def clear_cache(self) -> None:
