@@ -56,9 +56,9 @@ class EngineLoop:
         self._params: dict[str, tuple[list[int], SamplingParams]] = {}
         self.metrics: dict[str, RequestMetrics] = {}
 
-    def add(self, name: str, prompt, num_new=1, **more) -> str:
+    def add(self, name: str, prompt, num_new=1, *, reads_caches=True, **more) -> str:
         """Queue a request."""
-        params = SamplingParams(max_new_tokens=num_new)
+        params = SamplingParams(max_new_tokens=num_new, skip_reading_prefix_cache=not reads_caches)
         self._params[name] = list(prompt), params
         return self.engine.add_request(self._params[name][0], params, name, **more)
 
