@@ -5,7 +5,7 @@ import pytest
 from connector_loop import BLOCK, Loop, hybrid_config
 from loop_model import make_config
 
-from jaxkv.connector import OffloadingConfig, OffloadingConnector
+from jaxkv.connector import OffloadingConfig, OffloadingConnector, SchedulerOutput
 from jaxkv.connector.chunks import ChunkedCaches
 from jaxkv.connector.lookup import HostPresence, Question
 from jaxkv.connector.metadata import OffloadingConnectorMetadata
@@ -127,6 +127,27 @@ def test_where_retry_is_a_miss_the_chunks_up_to_it_are_found(answers, num_found)
         presence = HostPresence(caches, Question(hashes, 0, 16), manager, CTX, takes_retry_as_miss=True)
         assert getattr(presence, count)(FULL, range(4)) == expected
     assert all(ctx is CTX for ctx in manager.asked_by)
+
+
+def test_how_far_a_group_reaches_is_asked_once():
+    caches, hashes = ChunkedCaches(make_config({"full": 1}), 1), hashes_of(16)
+    manager = AskedManager(dict.fromkeys(caches.keys(hashes, FULL, range(4)), LookupResult.HIT))
+    presence = HostPresence(caches, Question(hashes, 0, 16), manager, CTX, takes_retry_as_miss=False)
+    assert [presence.count_leading(FULL, range(count)) for count in (4, 2, 4)] == [4, 2, 4]
+    assert len(manager.asked_by) == 4
+
+
+def test_block_that_the_device_holds_is_not_loaded_into_where_its_chunk_is():
+    """A device hit of 20 tokens ends inside a chunk of two blocks: the first is others' as well."""
+    loop = Loop(config=make_config({"full": 1}), blocks_per_chunk=2)
+    loop.serve("first", PROMPT)
+    second = loop.add("second", PROMPT)
+    loop.waiting.remove(second)
+    assert loop.connector.get_num_new_matched_tokens(second, 20) == (28, True)
+    loop.connector.update_state_after_alloc(second, [list(range(12))], 28)
+    (job,) = loop.connector.build_connector_meta(SchedulerOutput()).loads
+    assert [blocks.block_ids.tolist() for blocks in job.blocks] == [[-1, *range(5, 12)]]
+    loop.connector.shutdown()
 
 
 def test_only_the_number_of_tokens_that_was_promised_can_be_loaded():
