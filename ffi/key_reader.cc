@@ -30,7 +30,13 @@ void MakeKey(PyObject* bytes, const uint8_t* end, OffloadKey* key) {
   key->size = static_cast<uint8_t>(size);
 }
 
-int64_t IntAttribute(nb::handle object, const char* name) {
+nb::object Interned(const char* name) {
+  nb::object interned = nb::steal(PyUnicode_InternFromString(name));
+  if (!interned.is_valid()) throw nb::python_error();
+  return interned;
+}
+
+int64_t IntAttribute(nb::handle object, nb::handle name) {
   const int64_t value = PyLong_AsLongLong(nb::object(object.attr(name)).ptr());
   if (value == -1 && PyErr_Occurred() != nullptr) throw nb::python_error();
   return value;
@@ -40,7 +46,8 @@ int64_t IntAttribute(nb::handle object, const char* name) {
 
 KeyTypes KeyTypes::Import() {
   const nb::module_ keys = nb::module_::import_("jaxkv.keys");
-  return {keys.attr("KeyRun"), keys.attr("KeyRuns")};
+  return {keys.attr("KeyRun"), keys.attr("KeyRuns"),     Interned("runs"),  Interned("hashes"),
+          Interned("group"),   Interned("block_hashes"), Interned("start"), Interned("step")};
 }
 
 nb::bytes ToPython(const OffloadKey& key) { return nb::bytes(key.bytes, key.size); }
@@ -53,9 +60,9 @@ OffloadKey KeyFromPython(nb::handle key) {
 
 KeyReader::KeyReader(nb::handle keys, const KeyTypes& types) {
   if (keys.type().is(types.key_run)) {
-    AddRun(keys);
+    AddRun(keys, types);
   } else if (keys.type().is(types.key_runs)) {
-    for (nb::handle run : nb::tuple(keys.attr("runs"))) AddRun(run);
+    for (nb::handle run : nb::tuple(keys.attr(types.runs))) AddRun(run, types);
   } else {
     nb::object items = nb::steal(PySequence_Fast(keys.ptr(), "expected a collection of keys"));
     if (!items.is_valid()) throw nb::python_error();
@@ -64,14 +71,18 @@ KeyReader::KeyReader(nb::handle keys, const KeyTypes& types) {
   }
 }
 
-void KeyReader::AddRun(nb::handle run) {
-  const nb::object hashes = run.attr("hashes");
-  const int64_t group = IntAttribute(run, "group");
+void KeyReader::AddRun(nb::handle run, const KeyTypes& types) {
+  const nb::object hashes = run.attr(types.hashes);
+  const int64_t group = IntAttribute(run, types.group);
   if (group < 0 || group > std::numeric_limits<uint32_t>::max()) {
     throw nb::value_error("a group has a number from 0 to 2**32 - 1");
   }
-  Part part{run.attr("block_hashes"), IntAttribute(hashes, "start"), IntAttribute(hashes, "step"),
-            nb::len(hashes), true, {}};
+  Part part{run.attr(types.block_hashes),
+            IntAttribute(hashes, types.start),
+            IntAttribute(hashes, types.step),
+            nb::len(hashes),
+            true,
+            {}};
   if (!PyList_Check(part.items.ptr()) && !PyTuple_Check(part.items.ptr())) {
     part.items = nb::steal(PySequence_Fast(part.items.ptr(), "expected a sequence of block hashes"));
     if (!part.items.is_valid()) throw nb::python_error();

@@ -13,10 +13,17 @@
 
 namespace jaxkv {
 
-// The Python types whose keys need not be made to be read.
+// The Python types whose keys need not be made to be read, and the names of what they consist of: interned,
+// for a step reads many short runs.
 struct KeyTypes {
   nanobind::object key_run;
   nanobind::object key_runs;
+  nanobind::object runs;
+  nanobind::object hashes;
+  nanobind::object group;
+  nanobind::object block_hashes;
+  nanobind::object start;
+  nanobind::object step;
 
   static KeyTypes Import();
 };
@@ -48,7 +55,7 @@ class KeyReader {
     uint8_t group_bytes[OffloadKey::kGroupBytes];  // whose number ends their keys.
   };
 
-  void AddRun(nanobind::handle run);
+  void AddRun(nanobind::handle run, const KeyTypes& types);
   static void CheckInside(const Part& part, size_t first, size_t n);
   static void ReadPart(const Part& part, size_t first, size_t n, OffloadKey* keys, Position* positions);
 

@@ -92,14 +92,13 @@ class KeyRun(Sequence[OffloadKey]):
 class KeyRuns(Sequence[OffloadKey]):
     """Several runs one after another: the keys of one load or store, group after group."""
 
-    __slots__ = ("_num_keys", "runs")
+    __slots__ = ("runs",)
 
     def __init__(self, runs: Sequence[KeyRun]) -> None:
         self.runs = tuple(runs)
-        self._num_keys = sum(map(len, self.runs))
 
     def __len__(self) -> int:
-        return self._num_keys
+        return sum([len(run.hashes) for run in self.runs])
 
     @overload
     def __getitem__(self, index: int) -> OffloadKey: ...
@@ -108,7 +107,7 @@ class KeyRuns(Sequence[OffloadKey]):
     def __getitem__(self, index: int | slice) -> OffloadKey | tuple[OffloadKey, ...]:
         if isinstance(index, slice):
             return tuple(self)[index]
-        place = range(self._num_keys)[index]
+        place = range(len(self))[index]
         for run in self.runs:
             if place < len(run):
                 return run[place]

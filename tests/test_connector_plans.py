@@ -381,7 +381,7 @@ def test_backend_that_changes_its_mind_within_one_question_is_asked_again():
 
 def test_job_names_no_group_of_which_it_moves_nothing():
     ids = np.array([3, 4], np.int32)
-    (blocks,) = device_blocks([(FULL, ids), (WINDOW, ids[:0])])
+    (blocks,) = device_blocks({FULL: ids, WINDOW: ids[:0]})
     assert (blocks.group, blocks.block_ids.tolist()) == (FULL, [3, 4])
 
 

@@ -106,7 +106,7 @@ class ChunkedCaches:
     def num_named_chunks(self, group: GroupId, num_tokens: int) -> int:
         """Whole chunks of ``group`` that have a name once ``num_tokens`` tokens are computed."""
         named = num_tokens - self._lookahead[group] * self.tokens_per_hash
-        return max(0, named // self._chunk_tokens[group])
+        return named // self._chunk_tokens[group] if named > 0 else 0
 
     def keys(self, block_hashes: Sequence[BlockHash], group: GroupId, chunks: range) -> KeyRun:
         """Keys of neighbouring whole chunks that have names."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
-from itertools import chain
 from typing import final
 
 import numpy as np
@@ -15,20 +14,13 @@ from jaxkv.keys import GroupId, JobId, OffloadKey
 from jaxkv.offload.base import DeviceBlocks, JobResult, LoadStoreSpec, ReqContext, TransferJob
 
 
-def device_blocks(parts: Iterable[tuple[GroupId, Sequence[int] | BlockIds]]) -> tuple[DeviceBlocks, ...]:
-    """The device side of a job: the block ids of its chunks, group after group, parts in their order."""
-    by_group: dict[GroupId, list[Sequence[int] | BlockIds]] = {}
-    for group, block_ids in parts:
-        if len(block_ids):
-            by_group.setdefault(group, []).append(block_ids)
-    return tuple(DeviceBlocks(group, _concatenate(by_group[group])) for group in sorted(by_group))
-
-
-def _concatenate(parts: Sequence[Sequence[int] | BlockIds]) -> BlockIds:
-    """One int32 array; where a step has many short parts, they are lists, which join faster than arrays."""
-    if all(isinstance(part, list) for part in parts):
-        return np.array(list(chain.from_iterable(parts)), np.int32)
-    return np.concatenate([np.asarray(part, np.int32) for part in parts])
+def device_blocks(by_group: Mapping[GroupId, Sequence[int] | BlockIds]) -> tuple[DeviceBlocks, ...]:
+    """The device side of a job: the block ids of its chunks, group after group."""
+    return tuple(
+        DeviceBlocks(group, np.asarray(by_group[group], np.int32))
+        for group in sorted(by_group)
+        if len(by_group[group])
+    )
 
 
 class JobKind(Enum):

@@ -17,7 +17,7 @@ from jaxkv.connector.request_state import Promise, RequestState
 from jaxkv.connector.spans import BlockIds, ChunkSpan, block_ids, payload_blocks
 from jaxkv.errors import RequestError
 from jaxkv.hits import unread_blocks
-from jaxkv.keys import BlockId, JobId, KeyRuns
+from jaxkv.keys import BlockId, GroupId, JobId, KeyRuns
 from jaxkv.offload.base import OffloadingManager, TransferJob
 
 MAX_RETRY_S = 10.0
@@ -114,8 +114,11 @@ class LoadPlanner:
                 f"{num_tokens}; pass what get_num_new_matched_tokens answered in this step, or 0"
             )
         hit, keys = promise.hit, promise.hit.keys
-        targets = [(span.group, self._targets(hit, span, blocks[span.group])) for span in hit.spans]
-        transfer = self._jobs.start(JobKind.LOAD, state.ctx, keys, device_blocks(targets), promise.spec)
+        targets: dict[GroupId, list[BlockIds]] = {}
+        for span in hit.spans:
+            targets.setdefault(span.group, []).append(self._targets(hit, span, blocks[span.group]))
+        by_group = {group: np.concatenate(parts) for group, parts in targets.items()}
+        transfer = self._jobs.start(JobKind.LOAD, state.ctx, keys, device_blocks(by_group), promise.spec)
         self._metrics.hit(hit.num_tokens, keys)
         self._unsent[transfer.job_id] = transfer
         self._loading[transfer.job_id] = keys

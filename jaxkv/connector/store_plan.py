@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import assert_never, final
+from typing import assert_never, cast, final
 
 from jaxkv.connector.chunks import ChunkedCaches
 from jaxkv.connector.request_state import Tail, Tenure
@@ -78,28 +78,26 @@ def plan_stores(caches: ChunkedCaches, tenure: Tenure) -> StorePlan:
 
 def next_due_tokens(caches: ChunkedCaches, tenure: Tenure) -> int | None:
     """Tokens that must be complete before more can be stored; ``None`` if nothing ever can."""
-    limit, due = tenure.limit_tokens, None
+    limit, tail = tenure.limit_tokens, tenure.tail
     ends = list(map(caches.chunk_named_at_tokens, caches.groups, tenure.next_chunk))
-    if tenure.tail is not None:
-        ends += [caches.named_at_tokens(group, tenure.tail.end_tokens) for group in tenure.tail.groups]
-    for end in ends:
-        if (limit is None or end <= limit) and (due is None or end < due):
-            due = end
-    return due
+    if tail is not None:
+        ends += [caches.named_at_tokens(group, tail.end_tokens) for group in tail.groups]
+    return min(ends) if limit is None else min((end for end in ends if end <= limit), default=None)
 
 
 @final
 class _Planning:
     """One plan in the making."""
 
+    __slots__ = ("_boundaries", "_caches", "_horizon", "_plan", "_tenure")
+
     def __init__(self, caches: ChunkedCaches, tenure: Tenure) -> None:
         self._caches = caches
         self._tenure = tenure
         self._boundaries = tenure.boundaries
         self._plan = StorePlan([], {}, [])
-        self._horizon = min(tenure.complete_tokens, caches.hashed_tokens(tenure.request.block_hashes))
-        if tenure.limit_tokens is not None:
-            self._horizon = min(self._horizon, tenure.limit_tokens)
+        horizon = min(tenure.complete_tokens, len(tenure.request.block_hashes) * caches.tokens_per_hash)
+        self._horizon = horizon if tenure.limit_tokens is None else min(horizon, tenure.limit_tokens)
 
     def run(self) -> StorePlan:
         caches, tenure, plan = self._caches, self._tenure, self._plan
@@ -175,14 +173,14 @@ class _Planning:
 
     def _add_at_once(self, group: GroupId, chunks: range) -> bool:
         """Plan all of ``chunks`` without a look at each, if every one is kept, whole and held."""
-        caches, table = self._caches, self._tenure.tables[group]
+        caches, tenure = self._caches, self._tenure
         if not (caches.reads_whole_chunks[group] and self._boundaries.retention.keeps_all[group]):
             return False
-        held = [block for block in table[chunks.start : chunks.stop] if block is not None]
-        if len(held) < len(chunks):
+        held = tenure.tables[group][chunks.start : chunks.stop]
+        if len(held) < len(chunks) or None in held:
             return False
-        keys = caches.keys(self._tenure.request.block_hashes, group, chunks)
-        self._plan.spans.append(PlannedSpan(ChunkSpan(group, chunks, keys), held))
+        keys = caches.keys(tenure.request.block_hashes, group, chunks)
+        self._plan.spans.append(PlannedSpan(ChunkSpan(group, chunks, keys), cast("list[int]", held)))
         return True
 
     def _whole(self, group: GroupId, chunks: range) -> ChunkSpan:

@@ -25,7 +25,7 @@ from jaxkv.connector.store_plan import (
     next_due_tokens,
     plan_stores,
 )
-from jaxkv.keys import KeyRuns, OffloadKey
+from jaxkv.keys import GroupId, KeyRun, KeyRuns, OffloadKey
 from jaxkv.offload.base import LoadStoreSpec, OffloadingManager, TransferJob
 
 
@@ -109,7 +109,8 @@ class StorePlanner:
         """Go on behind what was taken; what was refused is offered again, from the first such chunk on."""
         tenure.next_chunk = plan.next_chunk
         tenure.tail = plan.tail
-        tenure.handed_states = {}
+        if tenure.handed_states:
+            tenure.handed_states = {}
         tenure.previous_tokens = tenure.complete_tokens
         for span in refused:
             self._metrics.skipped(span.group, SkipReason.REFUSED, len(span))
@@ -124,22 +125,23 @@ class StorePlanner:
         self, taken: Sequence[tuple[_Offer, Sequence[OffloadKey]]], spec: LoadStoreSpec
     ) -> list[TransferJob]:
         """One job for all that must be written; none where the backend holds everything already."""
-        parts, keys = [], []
-        writing: list[_Offer] = []
+        blocks: dict[GroupId, list[int]] = {}
+        keys, writing = [], []
         for offer, keys_to_store in taken:
             spans = offer.spans
             if not keys_to_store:
                 self._note_held(spans)
                 continue
-            if len(keys_to_store) < len(offer.keys):
+            if keys_to_store is not offer.keys and len(keys_to_store) < len(offer.keys):
                 spans = self._without_held(spans, set(keys_to_store))
             writing.append(offer)
             keys.append(keys_to_store)
-            parts += [(planned.span.group, planned.block_ids) for planned in spans]
+            for planned in spans:
+                blocks.setdefault(planned.span.group, []).extend(planned.block_ids)
         if not writing:
             return []
         all_keys = keys[0] if len(keys) == 1 else _join(keys)
-        job = self._jobs.start(JobKind.STORE, writing[0].tenure.ctx, all_keys, device_blocks(parts), spec)
+        job = self._jobs.start(JobKind.STORE, writing[0].tenure.ctx, all_keys, device_blocks(blocks), spec)
         for offer in writing:
             self._events.store_started(job.job_id, offer.tenure.request, offer.keys)
         return [job]
@@ -168,11 +170,13 @@ def _offer(tenure: Tenure, spans: Sequence[PlannedSpan]) -> _Offer:
 
 
 def _join(keys: Sequence[Sequence[OffloadKey]]) -> Sequence[OffloadKey]:
-    """Keys of several requests as one collection, without making them where they are runs."""
-    runs = [run for part in keys if isinstance(part, KeyRuns) for run in part.runs]
-    if all(isinstance(part, KeyRuns) for part in keys):
-        return KeyRuns(runs)
-    return [key for part in keys for key in part]
+    """Keys of several requests as one collection, without making them where all are runs."""
+    runs: list[KeyRun] = []
+    for part in keys:
+        if not isinstance(part, KeyRuns):
+            return [key for part in keys for key in part]
+        runs += part.runs
+    return KeyRuns(runs)
 
 
 def _refused(plan: StorePlan, taken: Sequence[PlannedSpan]) -> Sequence[ChunkSpan]:
