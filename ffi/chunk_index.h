@@ -72,9 +72,10 @@ class ChunkIndex {
   ChunkIndex& operator=(const ChunkIndex&) = delete;
 
   size_t num_groups() const { return size_of_group_.size(); }
-  int64_t slot_bytes(uint32_t group) const { return slot_bytes_[group]; }
 
   void Lookup(const OffloadKey* keys, size_t n, Found* found) const;
+  // Throws KeyStateError for a key of a group there is not, as PrepareStore does.
+  void CheckGroups(KeyBatch batch) const;
 
   // A request exists. Optional: the first call that names it does the same.
   void BeginRequest(const std::string& request) { log_[request]; }
@@ -124,7 +125,6 @@ class ChunkIndex {
   }
 
   void LearnCut();
-  void CheckGroups(KeyBatch batch) const;
   std::vector<KeyId> FindAll(KeyBatch batch) const;
   void CheckUses(KeyBatch batch, const std::vector<KeyId>& ids, ChunkState wanted);
 

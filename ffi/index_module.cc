@@ -114,59 +114,36 @@ class IndexHandle {
   }
 
   nb::tuple PrepareStore(const std::string& request, nb::handle keys) {
-    Keys read(keys, types_);
-    StoreOutcome outcome;
-    Call([&] {
-      outcome = index_.PrepareStore(request, read.batch());
-      if (policies_->first_error == nullptr || !outcome.accepted) return;
-      read.KeepOnly(outcome.to_store);
-      index_.CompleteStore(read.batch(), false);
-    });
-    const bool all = outcome.to_store.size() == read.size();
-    return nb::make_tuple(outcome.accepted, all ? nb::none() : nb::object(read.ToTupleAt(outcome.to_store)),
-                          ToNumpy(outcome.slots, &SlotRef::offset), ToNumpy(outcome.slots, &SlotRef::epoch),
-                          ToTuple(outcome.evicted));
+    Offered offer{request, Keys(keys, types_), {}};
+    Call([&] { Prepare(&offer, 1); });
+    const StoreOutcome& outcome = offer.outcome;
+    nb::object some = offer.all() ? nb::none() : nb::object(offer.keys.ToTupleAt(outcome.to_store));
+    return nb::make_tuple(outcome.accepted, some, ToNumpy(outcome.slots, &SlotRef::offset),
+                          ToNumpy(outcome.slots, &SlotRef::epoch), ToTuple(outcome.evicted));
   }
 
   // Offers (request, keys), one after another. Answers for each None if it was refused, else what must be
   // stored: True for all of it, or those keys. Slots come group after group, and within a group in the order
   // of offers and keys.
   nb::tuple PrepareStores(nb::sequence offers) {
-    std::vector<std::pair<std::string, Keys>> read;
+    std::vector<Offered> offered;
     for (nb::handle offer : offers) {
-      read.emplace_back(nb::cast<std::string>(offer[0]), Keys(nb::object(offer[1]), types_));
+      offered.push_back({nb::cast<std::string>(offer[0]), Keys(nb::object(offer[1]), types_), {}});
     }
-    std::vector<StoreOutcome> outcomes(read.size());
-    Call([&] {
-      for (size_t i = 0; i < read.size() && policies_->first_error == nullptr; ++i) {
-        outcomes[i] = index_.PrepareStore(read[i].first, read[i].second.batch());
-      }
-      if (policies_->first_error == nullptr) return;
-      for (size_t i = 0; i < read.size(); ++i) {
-        if (!outcomes[i].accepted) continue;
-        read[i].second.KeepOnly(outcomes[i].to_store);
-        index_.CompleteStore(read[i].second.batch(), false);
-      }
-    });
+    Call([&] { Prepare(offered.data(), offered.size()); });
     nb::list answers;
-    std::vector<std::vector<SlotRef>> slots_of_group(index_.num_groups());
     std::vector<OffloadKey> evicted;
-    for (size_t i = 0; i < read.size(); ++i) {
-      const StoreOutcome& outcome = outcomes[i];
-      const Keys& keys = read[i].second;
+    for (const Offered& offer : offered) {
+      const StoreOutcome& outcome = offer.outcome;
       evicted.insert(evicted.end(), outcome.evicted.begin(), outcome.evicted.end());
       if (!outcome.accepted) {
         answers.append(nb::none());
-        continue;
-      }
-      const bool all = outcome.to_store.size() == keys.size();
-      answers.append(all ? nb::object(nb::bool_(true)) : nb::object(keys.ToTupleAt(outcome.to_store)));
-      for (size_t j = 0; j < outcome.to_store.size(); ++j) {
-        slots_of_group[keys.batch().keys[outcome.to_store[j]].group()].push_back(outcome.slots[j]);
+      } else {
+        answers.append(offer.all() ? nb::object(nb::bool_(true))
+                                   : nb::object(offer.keys.ToTupleAt(outcome.to_store)));
       }
     }
-    std::vector<SlotRef> slots;
-    for (const auto& group : slots_of_group) slots.insert(slots.end(), group.begin(), group.end());
+    const std::vector<SlotRef> slots = SlotsByGroup(offered);
     return nb::make_tuple(answers, ToNumpy(slots, &SlotRef::offset), ToNumpy(slots, &SlotRef::epoch),
                           ToTuple(evicted));
   }
@@ -228,6 +205,40 @@ class IndexHandle {
     } guard(&in_call_);
     function();
     policies_->Rethrow();
+  }
+
+  struct Offered {
+    std::string request;
+    Keys keys;
+    StoreOutcome outcome;
+
+    bool all() const { return outcome.to_store.size() == keys.size(); }
+  };
+
+  // If a Python policy fails, nothing of what was offered stays.
+  void Prepare(Offered* offers, size_t n) {
+    for (size_t i = 0; i < n; ++i) index_.CheckGroups(offers[i].keys.batch());
+    for (size_t i = 0; i < n && policies_->first_error == nullptr; ++i) {
+      offers[i].outcome = index_.PrepareStore(offers[i].request, offers[i].keys.batch());
+    }
+    if (policies_->first_error == nullptr) return;
+    for (size_t i = 0; i < n; ++i) {
+      if (!offers[i].outcome.accepted) continue;
+      offers[i].keys.KeepOnly(offers[i].outcome.to_store);
+      index_.CompleteStore(offers[i].keys.batch(), false);
+    }
+  }
+
+  std::vector<SlotRef> SlotsByGroup(const std::vector<Offered>& offers) const {
+    std::vector<std::vector<SlotRef>> slots_of_group(index_.num_groups());
+    for (const auto& [request, keys, outcome] : offers) {
+      for (size_t i = 0; i < outcome.to_store.size(); ++i) {
+        slots_of_group[keys.batch().keys[outcome.to_store[i]].group()].push_back(outcome.slots[i]);
+      }
+    }
+    std::vector<SlotRef> slots;
+    for (const auto& group : slots_of_group) slots.insert(slots.end(), group.begin(), group.end());
+    return slots;
   }
 
   std::pair<size_t, bool> CountFound(const KeyReader& reader, bool from_end) {

@@ -103,6 +103,22 @@ def test_completions_that_fit_nothing_raise_and_change_nothing():
     assert index.in_use() == []
 
 
+def test_bad_offer_of_a_step_leaves_nothing_of_the_others():
+    index, pool = make_index()
+    for bad, error in (
+        (("r", KeyRun(HASHES, GroupId(2), 0, 1, 3)), ValueError),
+        (("r", [17]), TypeError),
+        ((17, RUN), RuntimeError),
+        (17, TypeError),
+        (("r",), IndexError),
+    ):
+        with pytest.raises(error):
+            index.prepare_stores([("r", RUN), bad])
+    assert pool.num_live == 0
+    with pytest.raises(TypeError):
+        index.prepare_stores(17)
+
+
 @pytest.mark.parametrize("slot_bytes", [(0,), (-1,), (512, 2**63 - 1)])
 def test_impossible_slot_sizes_raise(slot_bytes):
     with pytest.raises(ConfigError):

@@ -244,6 +244,8 @@ def test_error_of_a_python_policy_is_raised_and_leaves_nothing_half_done(monkeyp
     monkeypatch.setattr(Broken, "fails_at", fails_at)
     with pytest.raises(error, match=match):
         manager.prepare_store(keys(8, 9), CTX)
+    with pytest.raises(error, match=match):
+        manager.prepare_stores([(keys(10, 11), CTX), (keys(12), CTX)])
     monkeypatch.undo()
     assert manager.leaks() == []
     assert manager.lookup(*keys(8), CTX) is LookupResult.MISS

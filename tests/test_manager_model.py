@@ -1,6 +1,7 @@
 """The host backend's manager against ``manager_model``: every answer, slot and victim, for LRU and ARC."""
 
 import random
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -75,6 +76,23 @@ class Pair:
         assert list(output.evicted_keys) == evicted
         assert output.store_spec.offsets.tolist() == offsets
         self.stores.append(output.keys_to_store)
+
+    def prepare_stores(self, offers):
+        """The stores of a step: as one by one, with the slots of all in one place, group after group."""
+        expected = [self.model.prepare_store(req, places_of(keys)) for req, keys in offers]
+        output = self.manager.prepare_stores([(keys, ReqContext(req)) for req, keys in offers])
+        slots = [
+            (get_offload_group(key), offset)
+            for answer in expected
+            if answer is not None
+            for key, offset in zip(answer[0], answer[1], strict=True)
+        ]
+        for answer, to_store in zip(expected, output.keys_to_store, strict=True):
+            assert (to_store if to_store is None else list(to_store)) == (answer and answer[0])
+        assert list(output.evicted_keys) == [key for answer in expected if answer for key in answer[2]]
+        by_group = [offset for _, offset in sorted(slots, key=lambda slot: slot[0])]
+        assert output.store_spec.offsets.tolist() == by_group
+        self.stores.append([key for answer in expected if answer for key in answer[0]])
 
     def complete_store(self, job, *, success):
         keys = self.stores.pop(job)
@@ -162,6 +180,10 @@ class Machine(RuleBasedStateMachine):
     def prepare_store(self, req, keys):
         self.pair.prepare_store(req, keys)
 
+    @rule(step=st.lists(st.tuples(st.sampled_from(REQUESTS), offers()), max_size=3))
+    def prepare_stores(self, step):
+        self.pair.prepare_stores(step)
+
     @rule(data=st.data(), success=st.booleans())
     def complete_store(self, data, success):
         if self.pair.stores:
@@ -207,37 +229,66 @@ TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
-def walk(pair, rng):
-    """One random step; most of them store, end jobs and requests, so that the pool is full and moving."""
+class Walk:
+    """Random steps; most of them store, end jobs and requests, so that the pool is full and moving."""
 
-    def offer():
-        runs = []
+    WEIGHTS: ClassVar = {
+        "store": 7,
+        "step": 2,
+        "stored": 9,
+        "load": 5,
+        "loaded": 5,
+        "touch": 1,
+        "finish": 3,
+        "reset": 0.1,
+    }
+
+    def __init__(self, pair, rng):
+        self.pair, self.rng = pair, rng
+
+    def take_step(self):
+        (kind,) = self.rng.choices(list(self.WEIGHTS), self.WEIGHTS.values())
+        getattr(self, kind)()
+
+    def some_request(self):
+        return self.rng.choice(REQUESTS)
+
+    def offer(self):
+        runs, rng = [], self.rng
         for group in rng.sample(range(4), rng.randint(1, 3)):
             first, step = rng.randrange(len(HASHES)), rng.choice([1, 1, 2])
             count = min(rng.randint(1, 8), -(-(len(HASHES) - first) // step))
             runs.append(KeyRun(HASHES, GroupId(group), first, step, count))
         return as_offered(runs, rng.choice([0, 0, 0, 1, 2, 3]))
 
-    kind = rng.choices(
-        ["store", "stored", "load", "loaded", "touch", "finish", "reset"], [9, 9, 5, 5, 1, 3, 0.1]
-    )[0]
-    if kind == "store":
-        pair.prepare_store(rng.choice(REQUESTS), offer())
-    elif kind == "stored" and pair.stores:
-        pair.complete_store(rng.randrange(len(pair.stores)), success=rng.random() < 0.9)
-    elif kind == "load" and (loadable := pair.model.can_load()):
-        keys = rng.choices(loadable, k=rng.randint(1, 5))
-        pair.prepare_load(
-            rng.choice(REQUESTS), KeyRuns(list(map(run_of, keys))) if rng.random() < 0.8 else keys
-        )
-    elif kind == "loaded" and pair.loads:
-        pair.complete_load(rng.randrange(len(pair.loads)), success=rng.random() < 0.9)
-    elif kind == "touch":
-        pair.touch(offer())
-    elif kind == "finish":
-        pair.finish(rng.choice(REQUESTS))
-    elif kind == "reset":
-        pair.reset()
+    def store(self):
+        self.pair.prepare_store(self.some_request(), self.offer())
+
+    def step(self):
+        self.pair.prepare_stores([(self.some_request(), self.offer()) for _ in range(self.rng.randint(0, 4))])
+
+    def stored(self):
+        if num_jobs := len(self.pair.stores):
+            self.pair.complete_store(self.rng.randrange(num_jobs), success=self.rng.random() < 0.9)
+
+    def load(self):
+        if loadable := self.pair.model.can_load():
+            keys = self.rng.choices(loadable, k=self.rng.randint(1, 5))
+            runs = KeyRuns([run_of(key) for key in keys])
+            self.pair.prepare_load(self.some_request(), runs if self.rng.random() < 0.8 else keys)
+
+    def loaded(self):
+        if num_jobs := len(self.pair.loads):
+            self.pair.complete_load(self.rng.randrange(num_jobs), success=self.rng.random() < 0.9)
+
+    def touch(self):
+        self.pair.touch(self.offer())
+
+    def finish(self):
+        self.pair.finish(self.some_request())
+
+    def reset(self):
+        self.pair.reset()
 
 
 @pytest.mark.parametrize("threshold", [0, 3])
@@ -246,7 +297,8 @@ def test_random_walks_decide_as_the_model(policy, threshold):
     for seed in range(20):
         rng = random.Random(seed)
         pair = Pair(policy, rng.randint(1, 6), threshold)
+        walk = Walk(pair, rng)
         for _ in range(300):
-            walk(pair, rng)
+            walk.take_step()
             pair.check()
         pair.shut_down()
