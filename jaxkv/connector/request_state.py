@@ -38,7 +38,7 @@ class Tenure:
     may start from; ``tail`` is what is missing of one more that cuts chunks. ``handed_states`` are blocks
     outside the tables that hold the state of a group at a boundary. There is nothing more to store until
     ``due_tokens`` are complete; ``None``: there never is. ``unconfirmed_tokens`` belong to a step that ran,
-    but the loop has not said yet how many of them were accepted.
+    but the loop has not said yet how many of them were accepted. What ``was_refused`` waits for room.
     """
 
     request: Request
@@ -54,6 +54,7 @@ class Tenure:
     handed_states: dict[tuple[GroupId, int], BlockId] = field(default_factory=dict)
     due_tokens: int | None = 0
     unconfirmed_tokens: int = 0
+    was_refused: bool = False
     running: bool = False
     has_ended: bool = False
 
@@ -87,11 +88,6 @@ class Tenure:
             self.complete_tokens = complete = computed
             self.unconfirmed_tokens = 0
         return self.due_tokens is not None and complete >= self.due_tokens
-
-    @property
-    def is_due(self) -> bool:
-        """Whether there is something to store of what is complete."""
-        return self.due_tokens is not None and self.complete_tokens >= self.due_tokens
 
 
 @final

@@ -59,7 +59,7 @@ class OffloadingScheduler:
         self._last_step: Mapping[str, int] = {}
         self._left_in_step: list[tuple[Tenure, int]] = []
         self._unconfirmed: list[Tenure] = []
-        self._without_room: list[Tenure] = []
+        self._without_room: dict[Tenure, None] = {}
         self._due: dict[Tenure, None] = {}
         self._departed: list[ReqContext] = []
         self._admitted: set[str] = set()
@@ -235,22 +235,14 @@ class OffloadingScheduler:
                 tenure.previous_tokens = tenure.complete_tokens
         jobs = self._stores.plan(tenure for tenure in due if tenure.running)
         for tenure in due:
-            if tenure.is_due and not tenure.has_ended:
-                self._wait_for_room(tenure)
+            if tenure.was_refused and not tenure.has_ended:
+                waiting = self._without_room if len(self._jobs) else self._due
+                waiting[tenure] = None
         return tuple(jobs)
 
-    def _wait_for_room(self, tenure: Tenure) -> None:
-        if len(self._jobs):
-            tenure.due_tokens = None
-            self._without_room.append(tenure)
-        else:
-            self._due[tenure] = None
-
     def _offer_again(self) -> None:
-        for tenure in self._without_room:
-            if not tenure.has_ended:
-                tenure.due_tokens = tenure.complete_tokens
-                self._due[tenure] = None
+        """A job has ended, so there may be room for what was refused."""
+        self._due.update(dict.fromkeys(tenure for tenure in self._without_room if not tenure.has_ended))
         self._without_room.clear()
 
     def _end_job(self, job: Job, result: JobResult) -> None:
@@ -361,7 +353,7 @@ class OffloadingScheduler:
                 self._tenures.skip(state.tenure, self._step.get(state.ctx.req_id, 0))
         for tenure, num_tokens in self._left_in_step:
             self._tenures.skip(tenure, num_tokens)
-        self._offer_again()
+        self._without_room.clear()
         self._due.clear()
         self._events.reset(self._manager)
 

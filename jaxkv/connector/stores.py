@@ -112,6 +112,8 @@ class StorePlanner:
         if tenure.handed_states:
             tenure.handed_states = {}
         tenure.previous_tokens = tenure.complete_tokens
+        tenure.due_tokens = next_due_tokens(self._caches, tenure)
+        tenure.was_refused = bool(refused)
         for span in refused:
             self._metrics.skipped(span.group, SkipReason.REFUSED, len(span))
             if span.cut_tokens is None:
@@ -119,7 +121,6 @@ class StorePlanner:
             else:
                 waiting = tenure.tail.groups if tenure.tail is not None else ()
                 tenure.tail = Tail(span.cut_tokens, (*waiting, span.group))
-        tenure.due_tokens = tenure.complete_tokens if refused else next_due_tokens(self._caches, tenure)
 
     def _start_job(
         self, taken: Sequence[tuple[_Offer, Sequence[OffloadKey]]], spec: LoadStoreSpec
