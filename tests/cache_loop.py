@@ -12,7 +12,7 @@ from random import Random
 from cache_chunks import ChunkChooser
 from cache_model import CacheModel
 from cache_request import MachineRequest, Part
-from cache_setup import MAX_TOKENS, RESERVES_AHEAD_OF_TAILS, Setup
+from cache_setup import MAX_TOKENS, Setup
 
 from jaxkv.connector import KVConnectorOutput, OffloadingConnector, SchedulerOutput
 from jaxkv.serving.cache_manager import CacheManager
@@ -247,10 +247,7 @@ class MachineLoop:
             external = 0
         boundary = device_hit + external
         start = min(boundary, request.num_tokens - 1)
-        choices = list(self._chooser.choices(request, start, self._stops(request, start)))
-        if not RESERVES_AHEAD_OF_TAILS and external and start % self.cache.config.alignment_tokens:
-            choices = choices[-1:]
-        for chunk in choices:
+        for chunk in self._chooser.choices(request, start, self._stops(request, start)):
             if self.cache.admit(request, device_hit, boundary, chunk):
                 break
         else:

@@ -269,10 +269,14 @@ class Machine:
         return found
 
     def _check_stored(self) -> None:
-        """Who gave its blocks back since the last step had in this one its last chance to be stored."""
+        """Who gave its blocks back since the last step had in this one its last chance to be stored.
+
+        Layers that forget lose what nobody reads any more when a refused chunk is offered again.
+        """
         ended, self.loop.ended = self.loop.ended, []
         setup = self.setup
-        all_stored = setup.retention_interval is None and not setup.prompt_only and not setup.wishes
+        is_limited = setup.retention_interval is not None or setup.prompt_only or setup.wishes
+        all_stored = not is_limited and not self.manager.num_refused
         for request, num_computed in ended:
             limit = min(num_computed, request.store_limit)
             for group, layer in enumerate(self.setup.layers):
@@ -298,7 +302,10 @@ class Machine:
         setup = self.setup
         if self.manager.num_lost or not setup.is_calm or setup.prompt_only:
             return
-        if setup.retention_interval is not None or any(layer.kind == "state" for layer in setup.layers):
+        reads_all = ("full", "latent")
+        if setup.retention_interval is not None or any(
+            layer.kind == "state" or (layer.draft and layer.kind not in reads_all) for layer in setup.layers
+        ):
             return
         for request in self.loop.served:
             computed = request.max_tokens - 1

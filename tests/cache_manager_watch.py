@@ -10,11 +10,14 @@ from typing import Any
 from cache_model import CacheModel, Chunk
 
 from jaxkv.keys import OffloadKey
-from jaxkv.offload.base import LookupResult, OffloadingManager, PrepareStoreOutput, StepStoreOutput
+from jaxkv.offload.base import (
+    LookupResult,
+    OffloadingManager,
+    PrepareStoreOutput,
+    StepStoreOutput,
+)
 
 _GROUP_BYTES = 4
-# Whether an answer of RETRY may change within a step.
-FICKLE = True
 
 
 def chunk_of(key: bytes) -> Chunk:
@@ -49,13 +52,12 @@ class WatchedManager(OffloadingManager):
         self.model = model
         self.names: dict[int, tuple[Chunk, str]] = {}
         self.refused: set[Chunk] = set()
-        self.num_pins = self.num_lost = 0
+        self.num_pins = self.num_lost = self.num_refused = 0
         self._manager = manager
         self._draw = draw
         self._counts = counts
         self._pins: Counter[OffloadKey] = Counter()
         self._stores: dict[OffloadKey, int] = {}
-        self._retries: dict[OffloadKey, bool] = {}
         self._resets = 0
 
     # -- lookups ----------------------------------------------------------------------------------------
@@ -63,9 +65,7 @@ class WatchedManager(OffloadingManager):
     def lookup(self, key, ctx):
         if not self.retry:
             return self._manager.lookup(key, ctx)
-        if FICKLE or key not in self._retries:
-            self._retries[key] = self._draw.random() < self.retry
-        if self._retries[key]:
+        if self._draw.random() < self.retry:
             self._counts["lookups told to retry"] += 1
             return LookupResult.RETRY
         return self._manager.lookup(key, ctx)
@@ -124,14 +124,10 @@ class WatchedManager(OffloadingManager):
         return refuses
 
     def _note_refused(self, keys: Collection[OffloadKey]) -> None:
-        """A chunk that must be offered again is excused only until the next step."""
         self._counts["stores refused"] += 1
         self.num_lost += 1
-        for chunk in map(chunk_of, keys):
-            if self.model.layers[chunk[0]].kind in ("full", "latent"):
-                self.refused.add(chunk)
-            else:
-                self.model.excused([chunk])
+        self.num_refused += 1
+        self.refused.update(map(chunk_of, keys))
 
     def _note_evicted(self, evicted: Collection[OffloadKey]) -> None:
         if not evicted:
@@ -189,7 +185,6 @@ class WatchedManager(OffloadingManager):
         self._manager.on_request_finished(ctx)
 
     def on_schedule_end(self):
-        self._retries.clear()
         self._manager.on_schedule_end()
 
     def has_pending_work(self):

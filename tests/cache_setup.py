@@ -24,9 +24,6 @@ from jaxkv.spec import (
 MAX_TOKENS = 96
 """The longest sequence."""
 _MAX_ALIGNMENT = 24
-# What does not work yet is not tried.
-EMITS_STATES = False
-RESERVES_AHEAD_OF_TAILS = False
 
 
 @dataclass(frozen=True)
@@ -143,7 +140,7 @@ def draw_setup(draw: Random) -> Setup:
         finishes_first=draw.random() < 0.5,
         arrive_odds=draw.choice([0.05, 0.15, 0.4]),
         event_odds=draw.choice([0.02, 0.1]),
-        emit_odds=draw.choice([0, 0.1]) if EMITS_STATES else 0,
+        emit_odds=draw.choice([0, 0.1]),
         land_odds=draw.choice([1.0, 1.0, 0.6, 0.3, 0.1]),
         **_draw_trouble(draw),
     )

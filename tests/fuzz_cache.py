@@ -59,6 +59,8 @@ MUST_HAPPEN = (
     "drafts accepted",
     "drafts rejected",
     "steps that broke off",
+    "states emitted",
+    "states handed over at the end",
     "host hits of tails",
     "requests with wishes",
     "runs with 1 workers",
