@@ -218,6 +218,7 @@ class IndexHandle {
   // If a Python policy fails, nothing of what was offered stays.
   void Prepare(Offered* offers, size_t n) {
     for (size_t i = 0; i < n; ++i) index_.CheckGroups(offers[i].keys.batch());
+    WarmUp(offers, n);
     for (size_t i = 0; i < n && policies_->first_error == nullptr; ++i) {
       offers[i].outcome = index_.PrepareStore(offers[i].request, offers[i].keys.batch());
     }
@@ -227,6 +228,17 @@ class IndexHandle {
       offers[i].keys.KeepOnly(offers[i].outcome.to_store);
       index_.CompleteStore(offers[i].keys.batch(), false);
     }
+  }
+
+  // Few keys each, scattered over a large table: looked up together, they are waited for together.
+  void WarmUp(const Offered* offers, size_t n) const {
+    std::vector<OffloadKey> keys;
+    for (size_t i = 0; i < n; ++i) {
+      const KeyBatch batch = offers[i].keys.batch();
+      keys.insert(keys.end(), batch.keys, batch.keys + batch.size);
+    }
+    std::vector<Found> found(keys.size());
+    index_.Lookup(keys.data(), keys.size(), found.data());
   }
 
   std::vector<SlotRef> SlotsByGroup(const std::vector<Offered>& offers) const {

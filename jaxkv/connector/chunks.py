@@ -9,7 +9,7 @@ name yet.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never, final
 
@@ -20,11 +20,16 @@ from jaxkv.spec import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
-    LayerSpec,
     MambaSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
 )
+
+SurelyThere = Callable[[range, int, int], bool]
+"""Whether whole chunks are on the device as their end left them, if the request holds their blocks.
+
+Called with the chunks and the ends (tokens) of the step before last and of the last step.
+"""
 
 
 @final
@@ -35,8 +40,8 @@ class ChunkedCaches:
     ``hit_groups`` are the groups as hit search sees them. Hits end at a multiple of ``alignment_tokens``, a
     chunk boundary of every group, or (``keeps_tails``) at any multiple of ``tokens_per_hash`` where the
     chunks it cuts were stored as they were there. A boundary's chunks have names in all groups once
-    ``lookahead_tokens`` behind it are known. ``reads_whole_chunks`` says for each group whether a chunk
-    is one block, all of which the boundary at its end reads.
+    ``lookahead_tokens`` behind it are known. ``surely_there`` has a function for each group of which chunks
+    need not be looked at one by one.
     """
 
     config: KVCacheConfig
@@ -45,7 +50,7 @@ class ChunkedCaches:
     alignment_tokens: int = field(init=False)
     tokens_per_hash: int = field(init=False)
     lookahead_tokens: int = field(init=False)
-    reads_whole_chunks: tuple[bool, ...] = field(init=False)
+    surely_there: tuple[SurelyThere | None, ...] = field(init=False)
     groups: tuple[GroupId, ...] = field(init=False)
     _lookahead: tuple[int, ...] = field(init=False)
     _chunk_tokens: tuple[int, ...] = field(init=False)
@@ -61,8 +66,8 @@ class ChunkedCaches:
         object.__setattr__(self, "tokens_per_hash", self.config.hash_block_size)
         object.__setattr__(self, "_lookahead", tuple(int(g.is_eagle_group) for g in self.config.groups))
         object.__setattr__(self, "lookahead_tokens", max(self._lookahead) * self.tokens_per_hash)
-        whole = (self.blocks_per_chunk == 1 and _reads_whole_blocks(group.spec) for group in groups)
-        object.__setattr__(self, "reads_whole_chunks", tuple(whole))
+        there = tuple(_surely_there(group, self.blocks_per_chunk) for group in groups)
+        object.__setattr__(self, "surely_there", there)
 
     @property
     def num_groups(self) -> int:
@@ -129,14 +134,18 @@ class ChunkedCaches:
         return isinstance(self.config.groups[group].spec, MambaSpec)
 
 
-def _reads_whole_blocks(spec: LayerSpec) -> bool:
-    """Whether the token behind a block reads something of it, wherever the block lies."""
-    match spec:
-        case FullAttentionSpec() | MLAAttentionSpec() | MambaSpec():
-            return True
+def _surely_there(group: HitGroup, blocks_per_chunk: int) -> SurelyThere | None:
+    if blocks_per_chunk > 1:
+        return None
+    size = group.tokens_per_chunk
+    match group.spec:
+        case FullAttentionSpec() | MLAAttentionSpec():
+            return lambda *_: True
         case SlidingWindowSpec(sliding_window=window):
-            return window > 1
+            return lambda chunks, previous, _: chunks.start * size > previous - window
+        case MambaSpec():
+            return lambda chunks, _, complete: len(chunks) == 1 and chunks.stop * size == complete
         case ChunkedLocalAttentionSpec():
-            return False
+            return None
         case _:
-            assert_never(spec)
+            assert_never(group.spec)

@@ -108,7 +108,7 @@ class _Planning:
             if ends:
                 self._plan_passed(group, ends)
             end = max(first, caches.num_named_chunks(group, horizon))
-            if end > first or (tenure.handed_states and caches.is_state(group)):
+            if tenure.handed_states or (end > first and not self._add_at_once(group, range(first, end))):
                 self._plan_group(group, range(first, end))
             if group in tail:
                 self._add(tail[group])
@@ -132,22 +132,14 @@ class _Planning:
     def _standing_states(self, group: GroupId, chunks: range) -> Sequence[int]:
         """Those of ``chunks``, and of those handed over, at whose end a recurrent state is on the device."""
         tenure, size = self._tenure, self._caches.tokens_per_chunk(group)
-        if not tenure.handed_states and len(chunks) == 1 and chunks.stop * size == tenure.complete_tokens:
-            return chunks
         ends = {end for end in (tenure.previous_tokens, tenure.complete_tokens) if end // size - 1 in chunks}
         ends |= {end for owner, end in tenure.handed_states if owner == group and end <= self._horizon}
-        standing = [end // size - 1 for end in sorted(ends) if end and end % size == 0]
-        if len(standing) == 1 and not tenure.handed_states:
-            return range(standing[0], standing[0] + 1)
-        return standing
+        return [end // size - 1 for end in sorted(ends) if end and end % size == 0]
 
     def _not_given_back(self, group: GroupId, chunks: range) -> Sequence[int]:
         """Chunks less those of which every block went back before the last step."""
         spec, size = self._caches.config.groups[group].spec, self._caches.blocks_per_chunk
-        previous, start = self._tenure.previous_tokens, chunks.start * self._caches.tokens_per_chunk(group)
-        if isinstance(spec, SlidingWindowSpec) and start >= previous - spec.sliding_window:
-            return chunks
-        given_back = unread_blocks(spec, previous)
+        given_back = unread_blocks(spec, self._tenure.previous_tokens)
         first, end = -(-given_back.start // size), given_back.stop // size
         gone = range(max(first, chunks.start), min(end, chunks.stop))
         if not gone:
@@ -157,8 +149,6 @@ class _Planning:
 
     def _plan_chunks(self, group: GroupId, wanted: Sequence[int]) -> None:
         """Plan those of ``wanted`` (ascending) whose bytes are there; neighbours become one span."""
-        if isinstance(wanted, range) and self._add_at_once(group, wanted):
-            return
         chosen: list[range] = []
         for chunk in wanted:
             reason = self._why_skipped(group, chunk)
@@ -172,9 +162,15 @@ class _Planning:
             self._add(self._whole(group, chunks))
 
     def _add_at_once(self, group: GroupId, chunks: range) -> bool:
-        """Plan all of ``chunks`` without a look at each, if every one is kept, whole and held."""
+        """Plan all of ``chunks`` without a look at each, if every one is kept, whole, held and there.
+
+        What nearly every step of a running request takes: the chunk it has just completed.
+        """
         caches, tenure = self._caches, self._tenure
-        if not (caches.reads_whole_chunks[group] and self._boundaries.retention.keeps_all[group]):
+        is_there = caches.surely_there[group]
+        if is_there is None or not self._boundaries.retention.keeps_all[group]:
+            return False
+        if not is_there(chunks, tenure.previous_tokens, tenure.complete_tokens):
             return False
         held = tenure.tables[group][chunks.start : chunks.stop]
         if len(held) < len(chunks) or None in held:
