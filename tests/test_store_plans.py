@@ -99,5 +99,4 @@ def test_each_chunk_of_a_window_is_asked_for_its_own_blocks():
 def test_window_of_one_token_keeps_no_chunk():
     spec = SlidingWindowSpec(BLOCK, 1, 1, np.int64, 1)
     caches = ChunkedCaches(KVCacheConfig((KVCacheGroupSpec(("a",), spec, 9),)), 1)
-    assert caches.surely_there == (None,)
     assert stored(plan(16, caches=caches, tables=([1, 2, 3, 4],), interval=4, next_chunk=(0,))) == {}

@@ -41,9 +41,9 @@ from jaxkv.spec import (
 class SkipReason(Enum):
     """Why a complete chunk was not written.
 
-    ``HELD``: the backend has it. ``RELEASED``: the request no longer holds its blocks. ``NO_STATE``: no step
-    ended there. ``UNREACHABLE``: no hit that ends at a boundary worth keeping needs it. ``REFUSED``: there
-    was no room; it is offered again.
+    ``HELD``: the backend has it, or does not take it before it was offered more often. ``RELEASED``: the
+    request no longer holds its blocks. ``NO_STATE``: no step ended there. ``UNREACHABLE``: no hit that ends
+    at a boundary worth keeping needs it. ``REFUSED``: there was no room; it is offered again.
     """
 
     HELD = "held"
