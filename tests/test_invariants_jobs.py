@@ -167,6 +167,17 @@ def test_invariant_08_what_was_computed_before_a_reset_is_not_stored_after_it(in
     loop.close()
 
 
+def test_invariant_08_what_a_finished_request_left_is_not_stored_after_a_reset():
+    loop = Loop(max_step_tokens=64)
+    first = loop.add("first", PROMPT[:24])
+    while not first.done:
+        loop.step()
+    loop.connector.reset_cache()
+    loop.run()
+    assert [held(loop, first, group) for group in range(3)] == [set()] * 3
+    loop.close()
+
+
 def test_invariant_08_slots_being_written_are_given_to_nobody_after_a_reset():
     """The pool is reset while it is written: until the writes have ended its slots stay where they are."""
     loop = Loop(pool_bytes=32 * 512, slab_bytes=4 * 512)

@@ -11,7 +11,7 @@ from toy_model import random_prompt
 
 from jaxkv.connector import OffloadingConfig, OffloadingConnector
 from jaxkv.errors import ConfigError
-from jaxkv.host_pool import HostPool
+from jaxkv.host_pool import HostPool, load_native
 from jaxkv.keys import BlockHash, GroupId, make_offload_key
 from jaxkv.offload import LookupResult
 from jaxkv.offload.host_manager import HostOffloadingManager
@@ -106,6 +106,35 @@ def test_invariant_10_keys_being_stored_are_not_evicted_to_make_room_for_themsel
     assert store(manager, wanted[:8])
     assert num_held(manager, wanted[:8]) == 8, "others make room"
     assert num_held(manager, keys(STATE, 100, 4)) == 0
+
+
+def test_invariant_10_a_slab_with_a_chunk_in_flight_is_not_emptied_for_another_size():
+    """Two slabs of token chunks, of each of which one is being loaded or written: no state fits."""
+    manager, pool = make_manager(2)
+    per_slab = pool.max_slots(SLOT_BYTES[KV]) // 2
+    first, second = keys(KV, 0, per_slab), keys(KV, 100, per_slab)
+    assert store(manager, first)
+    manager.prepare_load(first[:1], CTX)
+    assert store(manager, second[1:])
+    assert manager.prepare_store(second[:1], CTX) is not None
+    assert not store(manager, keys(STATE, 0, 1))
+    assert num_held(manager, first) == per_slab
+    manager.complete_load(first[:1], CTX)
+    assert store(manager, keys(STATE, 0, 1)), "one that nobody uses can go"
+    assert num_held(manager, first) == 0
+    manager.complete_store(second[:1], CTX)
+    assert num_held(manager, second) == per_slab
+
+
+def test_invariant_10_the_slab_of_keys_that_are_offered_is_not_emptied_for_others_of_the_offer():
+    manager, pool = make_manager(2)
+    per_slab = pool.max_slots(SLOT_BYTES[KV]) // 2
+    first, second, states = keys(KV, 0, per_slab), keys(KV, 100, per_slab), keys(STATE, 0, 1)
+    assert store(manager, first)
+    assert store(manager, second)
+    assert store(manager, [*first, *states]), "the older slab is offered, so the other goes"
+    assert (num_held(manager, first), num_held(manager, states)) == (per_slab, 1)
+    assert num_held(manager, second) == 0
 
 
 def test_invariant_10_a_last_store_that_is_refused_keeps_nobody_busy():
@@ -209,7 +238,7 @@ def make_big_connector(host_bytes):
 
 @pytest.mark.parametrize("host_bytes", [(64 << 20) + 4095, (64 << 20) + (1 << 20), 48_000_000])
 def test_invariant_12_host_bytes_is_a_ceiling_for_the_memory_the_connector_takes(host_bytes):
-    make_big_connector(1 << 20).shutdown()
+    load_native()
     before = resident_bytes()
     connector = make_big_connector(host_bytes)
     grown = resident_bytes() - before
