@@ -309,6 +309,8 @@ class Machine:
             return
         for request in self.loop.served:
             computed = request.max_tokens - 1
+            if not self.model.was_computed(request.contents.ids[:computed]):
+                continue
             hashed = computed - computed % self.model.tokens_per_hash
             ahead = max(map(self.model.lookahead, range(len(setup.layers))))
             question = Question(request.contents.ids, 0, computed - ahead, hashed)

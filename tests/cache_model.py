@@ -145,6 +145,10 @@ class CacheModel:
         """Tokens were computed."""
         self._computed[prefixes] = True
 
+    def was_computed(self, prefixes: Ids) -> bool:
+        """Whether all of these tokens were computed by somebody; layers that forget may skip some."""
+        return bool(self._computed[prefixes].all())
+
     def lookahead(self, layer: int) -> int:
         """How many tokens behind a chunk its name covers."""
         return self.tokens_per_hash if self.layers[layer].draft else 0
