@@ -1,6 +1,7 @@
 """What single calls of the connector answer, where no loop would notice a wrong word."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 from connector_loop import Loop, LoopRequest, hybrid_config
@@ -17,6 +18,7 @@ from jaxkv.connector import (
 from jaxkv.connector.chunks import ChunkedCaches
 from jaxkv.connector.events import EventLog
 from jaxkv.errors import ConfigError, RequestError
+from jaxkv.hash_chain import ChainRoot, HashChain
 from jaxkv.keys import KeyRun, KeyRuns
 from jaxkv.offload import OffloadingEvent
 from jaxkv.testing.fake_pool import FakePool
@@ -158,6 +160,15 @@ def test_state_is_handed_over_at_the_first_link_where_a_link_is_one_token():
 # -- events -----------------------------------------------------------------------------------------------
 
 
+def told(log, request, keys):
+    """What the log tells when a job stored ``keys``."""
+    log.store_started(1, request, keys)
+    log.store_ended(1, success=True)
+    return log.take(
+        SimpleNamespace(take_events=lambda: [OffloadingEvent(tuple(keys), "host", removed=False)])
+    )
+
+
 @dataclass
 class RequestOfVllm:
     """Shows its tokens as vLLM's requests do."""
@@ -167,17 +178,21 @@ class RequestOfVllm:
     block_hashes: list[bytes]
 
 
+def test_tail_of_one_token_is_told_with_that_token_alone():
+    caches = ChunkedCaches(make_config({"state": 1}, tokens_per_hash=1), 1)
+    log = EventLog(caches, enabled=True, self_describing=True)
+    request = LoopRequest("r", PROMPT, chain=HashChain(ChainRoot("m", 1)))
+    keys = KeyRuns([KeyRun(request.block_hashes, 0, 8, 8, 1)])
+    (event,) = told(log, request, keys)
+    assert (event.block_size, event.token_ids) == (1, (PROMPT[8],))
+    assert event.parent_block_hash == request.block_hashes[7]
+
+
 def test_tokens_of_an_event_are_those_of_all_token_ids_where_a_request_has_them():
     log = EventLog(ChunkedCaches(hybrid_config(), 1), enabled=True, self_describing=True)
     hashes = LoopRequest("r", PROMPT).block_hashes
     request = RequestOfVllm(PROMPT, [0] * len(PROMPT), hashes)
     keys = KeyRuns([KeyRun(request.block_hashes, 0, 1, 1, 2)])
 
-    class Backend:
-        def take_events(self):
-            return [OffloadingEvent(tuple(keys), "host", removed=False)]
-
-    log.store_started(1, request, keys)
-    log.store_ended(1, success=True)
-    (event,) = log.take(Backend())
+    (event,) = told(log, request, keys)
     assert event.token_ids == tuple(PROMPT[4:12])

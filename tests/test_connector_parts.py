@@ -86,9 +86,9 @@ def test_shrinking_prefix_keeps_spans_that_end_before_it_whole():
 def test_chunks_of_one_token_end_one_after_another():
     config = KVCacheConfig((KVCacheGroupSpec(("a",), FullAttentionSpec(1, 1, 1, np.int64), 9),))
     caches = ChunkedCaches(config, 1)
-    span = whole_span(caches, hashes_of(4, 1), FULL, range(4))
-    prefixes = shrinking_prefixes(caches, [PlannedSpan(span, np.arange(4, dtype=np.int32))])
-    assert [sum(len(part.span) for part in parts) for parts in prefixes] == [4, 2, 1]
+    span = whole_span(caches, hashes_of(3, 1), FULL, range(3))
+    prefixes = shrinking_prefixes(caches, [PlannedSpan(span, np.arange(3, dtype=np.int32))])
+    assert [sum(len(part.span) for part in parts) for parts in prefixes] == [3, 1]
 
 
 # -- lookups and loads ------------------------------------------------------------------------------------

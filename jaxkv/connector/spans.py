@@ -139,5 +139,5 @@ def _up_to(caches: ChunkedCaches, planned: PlannedSpan, limit_tokens: int) -> Pl
     count = sum(end <= limit_tokens for end in chunk_ends(caches, span))
     if count in (0, len(span)):
         return planned if count else None
-    part = ChunkSpan(span.group, span.chunks[:count], span.keys[:count], span.cut_tokens)
+    part = ChunkSpan(span.group, span.chunks[:count], span.keys[:count])
     return PlannedSpan(part, planned.block_ids[: count * caches.blocks_per_chunk])
