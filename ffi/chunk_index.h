@@ -105,6 +105,8 @@ class ChunkIndex {
   IndexCounts counts() const { return counts_; }
   std::vector<std::pair<OffloadKey, uint32_t>> InUse() const;
   size_t num_requests() const { return log_.size(); }
+  // Keys that have a number: those of chunks, of requests that have not ended, ghosts and tracked keys.
+  size_t num_keys() const { return keys_.num_keys(); }
 
  private:
   // Sizes that share a stride, and with it slabs and a policy.

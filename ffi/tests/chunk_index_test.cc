@@ -86,6 +86,19 @@ void CheckTable() {
   assert(table.end() <= 3000);
 }
 
+// Among so many keys some share all that the table keeps of their hashes.
+void CheckKeysThatCollide() {
+  constexpr uint32_t kMany = 400000;
+  KeyTable table(8);
+  for (uint32_t number = 0; number < kMany; ++number) {
+    const OffloadKey key = Key(number);
+    KeyId id;
+    table.Intern(&key, 1, &id);
+    assert(id == number);
+  }
+  for (uint32_t number = 0; number < kMany; ++number) assert(FindOne(table, Key(number)) == number);
+}
+
 void CheckRankedList() {
   RankNodes nodes;
   nodes.Reach(8);
@@ -339,12 +352,14 @@ void CheckRandomWalk(MakeEvictionPolicy policy, int64_t threshold) {
   walk.index.Abandon();
   walk.Check();
   assert(walk.pool->used_bytes() == 0);
+  assert(walk.index.num_keys() <= (threshold > 1 ? 40 : 0));  // What the tracker still counts.
 }
 
 }  // namespace
 
 int main() {
   CheckTable();
+  CheckKeysThatCollide();
   CheckRankedList();
   CheckSearchesAreShort();
   CheckArcGhosts();
