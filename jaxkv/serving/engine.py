@@ -27,8 +27,8 @@ from jaxkv.serving.model import KVCaches, Model
 from jaxkv.serving.no_connector import NoConnector
 from jaxkv.serving.programs import StepPrograms, StepShape
 from jaxkv.serving.request import Request, RequestOutput, RequestStatus, SamplingParams
+from jaxkv.serving.request_checks import check_fits, check_parts, check_prompt
 from jaxkv.serving.scheduler import ScheduledChunk, Scheduler, StepPlan
-from jaxkv.serving.sizing import blocks_to_serve
 from jaxkv.spec import KVCacheConfig, MambaSpec
 
 
@@ -102,8 +102,13 @@ class LLMEngine:
             request_id = next(key for key in map(str, self._ids) if key not in self._scheduler)
         prompt = np.asarray(prompt_ids)
         parts = CacheKeyParts() if key_parts is None else key_parts
-        self._check_request(prompt, params, request_id)
-        _check_parts(parts, len(prompt))
+        if request_id in self._scheduler:
+            raise RequestError(
+                f"request id {request_id!r} is in use; choose another or wait until it is over"
+            )
+        check_prompt(prompt, self._model.vocab_size)
+        check_fits(len(prompt), params.max_new_tokens, self.max_model_len, self.cache_config)
+        check_parts(parts, len(prompt))
         request = Request(
             request_id,
             prompt,
@@ -360,38 +365,6 @@ class LLMEngine:
                 "are empty again and every request will be recomputed: call step() to go on or abort_all()"
             ) from error
 
-    # -- checks -----------------------------------------------------------------------------------------
-
-    def _check_request(self, prompt_ids: npt.NDArray[Any], params: SamplingParams, request_id: str) -> None:
-        if request_id in self._scheduler:
-            raise RequestError(
-                f"request id {request_id!r} is in use; choose another or wait until it is over"
-            )
-        if len(prompt_ids) == 0:
-            raise RequestError("the prompt is empty; pass at least one token")
-        if prompt_ids.ndim != 1 or prompt_ids.dtype.kind not in "iu":
-            raise RequestError(
-                f"a prompt is a list of whole numbers, got {prompt_ids.dtype}{prompt_ids.shape}"
-            )
-        lowest, highest, vocab_size = prompt_ids.min(), prompt_ids.max(), self._model.vocab_size
-        if not 0 <= lowest <= highest < vocab_size:
-            raise RequestError(f"prompt tokens must lie in [0, {vocab_size}), got {lowest} to {highest}")
-        num_tokens = len(prompt_ids) + params.max_new_tokens
-        if num_tokens > self.max_model_len:
-            raise RequestError(
-                f"{len(prompt_ids)} prompt tokens and {params.max_new_tokens} new ones are more than the "
-                f"{self.max_model_len} a sequence may have; shorten the prompt or raise max_model_len"
-            )
-        for group in self.cache_config.groups:
-            # The last new token is never an input, so it needs no room.
-            needed = blocks_to_serve(group.spec, num_tokens - 1, chunk_tokens=1)
-            if needed > group.num_blocks:
-                raise RequestError(
-                    f"a request of {num_tokens} tokens needs {needed} blocks of {type(group.spec).__name__} "
-                    f"but the cache has {group.num_blocks}; {needed * group.page_size_bytes} bytes for this "
-                    f"group would suffice"
-                )
-
 
 def _chunk_rules(config: EngineConfig, cache_config: KVCacheConfig, snapshot_interval: int) -> ChunkRules:
     return ChunkRules(
@@ -401,14 +374,6 @@ def _chunk_rules(config: EngineConfig, cache_config: KVCacheConfig, snapshot_int
         stop_at_blocks=any(isinstance(group.spec, MambaSpec) for group in cache_config.groups),
         snapshot_interval=snapshot_interval,
     )
-
-
-def _check_parts(parts: CacheKeyParts, num_tokens: int) -> None:
-    if parts.end_token > num_tokens:
-        raise RequestError(
-            f"an input or embedding of the request ends at token {parts.end_token}, but its prompt has "
-            f"{num_tokens} tokens; give places in the prompt as it was passed"
-        )
 
 
 def _is_lost(kv_caches: KVCaches) -> bool:

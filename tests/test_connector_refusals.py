@@ -1,0 +1,72 @@
+"""Stores for which there is no room: what of them is taken, and when the rest is offered again."""
+
+from connector_loop import BLOCK, STATE_BLOCK, Loop, expected_output
+
+from jaxkv.testing.leaks import assert_no_leaks
+
+PROMPT = list(range(100, 150))
+HIT = 48
+
+
+def skipped(loop, group):
+    counts = loop.connector.get_stats().groups[group].skipped_chunks
+    return {reason.value: count for reason, count in counts.items()}
+
+
+def test_pool_too_small_for_a_step_stores_its_beginning():
+    loop = Loop(pool_bytes=16 * 512, slab_bytes=8 * 512, max_step_tokens=64)
+    first = loop.serve("first", PROMPT, 2)
+    stats = loop.connector.get_stats()
+    assert stats.groups[0].stored_chunks
+    assert skipped(loop, 0)["refused"]
+    assert stats.backend.used_bytes <= stats.backend.capacity_bytes
+    assert first.host_hits == []
+    assert loop.outputs["first"] == expected_output(PROMPT, 2)
+    loop.close()
+
+
+def test_refused_chunks_are_offered_again_while_the_request_holds_their_blocks():
+    loop = Loop(offload_prompt_only=False, max_step_tokens=STATE_BLOCK)
+    manager, real = loop.spec.get_manager(), loop.spec.get_manager().prepare_store
+    refusals = iter([None] * 12)
+    manager.prepare_stores = lambda offers: None
+    manager.prepare_store = lambda keys, ctx: next(refusals) if next_left(refusals) else real(keys, ctx)
+    loop.serve("first", PROMPT, 8)
+    assert loop.connector.get_stats().groups[0].stored_chunks == 14
+    assert loop.connector.get_stats().groups[1].stored_chunks < 14
+    assert skipped(loop, 1)["released"]
+    del manager.prepare_store, manager.prepare_stores
+    assert loop.serve("second", PROMPT, 3).host_hits == [HIT]
+    loop.close()
+
+
+def next_left(iterator) -> int:
+    return iterator.__length_hint__()
+
+
+def test_what_was_refused_is_offered_again_when_a_job_has_ended_and_not_in_every_step():
+    loop = Loop(offload_prompt_only=False)
+    manager, offered = loop.spec.get_manager(), []
+    loop.worker.delayed = True
+    loop.add("first", PROMPT, 12)
+    while not loop.worker.job_ids:
+        loop.step()
+    manager.prepare_stores = lambda offers: None
+    manager.prepare_store = lambda keys, ctx: offered.append(len(keys))
+    loop.step()
+    assert offered, "and all of it was refused, while a job is under way"
+    counts = [len(offered)]
+    for _ in range(2 * BLOCK):
+        loop.step()
+        counts.append(len(offered))
+    assert len(set(counts)) <= BLOCK, "only when another chunk is complete"
+    del manager.prepare_store, manager.prepare_stores
+    loop.worker.finish(loop.worker.job_ids[:1])
+    loop.step()
+    loop.step()
+    assert len(loop.worker.job_ids) == 1, "one job holds what was refused"
+    loop.worker.delayed = False
+    loop.worker.finish()
+    loop.run()
+    assert loop.connector.get_stats().groups[0].stored_chunks == (len(PROMPT) + 12) // BLOCK
+    assert_no_leaks(loop.connector)
