@@ -70,3 +70,25 @@ def test_what_was_refused_is_offered_again_when_a_job_has_ended_and_not_in_every
     loop.run()
     assert loop.connector.get_stats().groups[0].stored_chunks == (len(PROMPT) + 12) // BLOCK
     assert_no_leaks(loop.connector)
+
+
+def test_what_was_taken_of_a_refused_plan_is_not_offered_again_and_the_rest_is():
+    """A backend that takes four chunks at a time of the twenty and more that a step of 32 tokens offers."""
+    loop = Loop(offload_prompt_only=False, max_step_tokens=32)
+    manager, real = loop.spec.get_manager(), loop.spec.get_manager().prepare_store
+    taken = []
+
+    def prepare_store(keys, ctx):
+        if len(keys) > 4:
+            return None
+        taken.extend(keys)
+        return real(keys, ctx)
+
+    manager.prepare_stores = lambda offers: None
+    manager.prepare_store = prepare_store
+    loop.serve("first", PROMPT, 30)
+    assert len(taken) == len(set(taken))
+    assert loop.connector.get_stats().groups[0].stored_chunks == (len(PROMPT) + 29) // BLOCK
+    assert skipped(loop, 0).keys() == {"refused"}
+    del manager.prepare_store, manager.prepare_stores
+    loop.close()
