@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 import numpy.typing as npt
 
+from jaxkv.errors import PoolClosedError
 from jaxkv.host_pool import load_native
 from jaxkv.keys import GroupId, KeyRun, KeyRuns, OffloadKey, get_offload_group
 from jaxkv.offload.base import (
@@ -137,6 +138,7 @@ class HostOffloadingManager(OffloadingManager):
 
     def prepare_load(self, keys: Collection[OffloadKey], ctx: ReqContext) -> HostSlots:
         """See ``OffloadingManager``."""
+        self._require_open()
         return HostSlots(*self._index.prepare_load(ctx.req_id, keys), self._slot_bytes)
 
     def complete_load(self, keys: Collection[OffloadKey], ctx: ReqContext, *, success: bool = True) -> None:
@@ -145,6 +147,7 @@ class HostOffloadingManager(OffloadingManager):
 
     def prepare_store(self, keys: Collection[OffloadKey], ctx: ReqContext) -> PrepareStoreOutput | None:
         """See ``OffloadingManager``."""
+        self._require_open()
         accepted, some, offsets, epochs, evicted = self._index.prepare_store(ctx.req_id, keys)
         self._emit(evicted, removed=True)
         if not accepted:
@@ -156,6 +159,7 @@ class HostOffloadingManager(OffloadingManager):
 
     def prepare_stores(self, offers: Sequence[tuple[Sequence[OffloadKey], ReqContext]]) -> StepStoreOutput:
         """See ``OffloadingManager``."""
+        self._require_open()
         asked = [(ctx.req_id, keys) for keys, ctx in offers]
         answers, offsets, epochs, evicted = self._index.prepare_stores(asked)
         self._emit(evicted, removed=True)
@@ -206,6 +210,10 @@ class HostOffloadingManager(OffloadingManager):
         """See ``OffloadingManager``. Jobs must have ended: slots still in use are freed as well."""
         self.reset_cache()
         self._index.abandon()
+
+    def _require_open(self) -> None:
+        if self._pool.closed:
+            raise PoolClosedError("the host pool was closed; open a new one, and a connector over it")
 
     def _emit(self, keys: Sequence[OffloadKey], *, removed: bool) -> None:
         if self._events is not None and keys:
