@@ -90,8 +90,8 @@ def unread_at_ends(caches: ChunkedCaches, span: ChunkSpan) -> Iterator[range]:
         return
     size = caches.tokens_per_chunk(span.group)
     for chunk in span.chunks:
-        blocks, unread = caches.blocks(range(chunk, chunk + 1)), unread_blocks(spec, (chunk + 1) * size)
-        yield range(max(blocks.start, unread.start), min(blocks.stop, unread.stop))
+        unread = unread_blocks(spec, (chunk + 1) * size)
+        yield range(max(chunk * caches.blocks_per_chunk, unread.start), unread.stop)
 
 
 def block_ids(caches: ChunkedCaches, span: ChunkSpan, table: Sequence[BlockId | None]) -> BlockIds:

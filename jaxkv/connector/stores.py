@@ -7,7 +7,7 @@ many requests have something to store.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import final
 
@@ -105,7 +105,7 @@ class StorePlanner:
         self._advance(tenure, plan, _refused(plan, ()))
         return []
 
-    def _advance(self, tenure: Tenure, plan: StorePlan, refused: Sequence[ChunkSpan]) -> None:
+    def _advance(self, tenure: Tenure, plan: StorePlan, refused: Sequence[tuple[ChunkSpan, range]]) -> None:
         """Go on behind what was taken; what was refused is offered again, from the first such chunk on."""
         tenure.next_chunk = plan.next_chunk
         tenure.tail = plan.tail
@@ -114,10 +114,10 @@ class StorePlanner:
         tenure.previous_tokens = tenure.complete_tokens
         tenure.due_tokens = next_due_tokens(self._caches, tenure)
         tenure.was_refused = bool(refused)
-        for span in refused:
-            self._metrics.skipped(span.group, SkipReason.REFUSED, len(span))
+        for span, chunks in refused:
+            self._metrics.skipped(span.group, SkipReason.REFUSED, len(chunks))
             if span.cut_tokens is None:
-                tenure.next_chunk[span.group] = min(tenure.next_chunk[span.group], span.chunks.start)
+                tenure.next_chunk[span.group] = min(tenure.next_chunk[span.group], chunks.start)
             else:
                 waiting = tenure.tail.groups if tenure.tail is not None else ()
                 tenure.tail = Tail(span.cut_tokens, (*waiting, span.group))
@@ -180,8 +180,8 @@ def _join(keys: Sequence[Sequence[OffloadKey]]) -> Sequence[OffloadKey]:
     return KeyRuns(runs)
 
 
-def _refused(plan: StorePlan, taken: Sequence[PlannedSpan]) -> Sequence[ChunkSpan]:
-    """What of the plan was not taken: spans as a whole, or from some chunk on."""
+def _refused(plan: StorePlan, taken: Sequence[PlannedSpan]) -> Sequence[tuple[ChunkSpan, range]]:
+    """Spans of the plan that were not taken as a whole, and which of their chunks were not."""
     kept = {(part.span.group, part.span.chunks.start, part.span.cut_tokens): part.span for part in taken}
     refused = []
     for planned in plan.spans:
@@ -189,5 +189,5 @@ def _refused(plan: StorePlan, taken: Sequence[PlannedSpan]) -> Sequence[ChunkSpa
         part = kept.get((span.group, span.chunks.start, span.cut_tokens))
         num_kept = 0 if part is None else len(part)
         if num_kept < len(span):
-            refused.append(replace(span, chunks=span.chunks[num_kept:], keys=span.keys[num_kept:]))
+            refused.append((span, span.chunks[num_kept:]))
     return refused

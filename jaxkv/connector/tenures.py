@@ -61,8 +61,7 @@ class Tenures:
         Nor will chunks that begin with it. Changes ``tenure``.
         """
         num_tokens = tenure.complete_tokens + tenure.unconfirmed_tokens + num_running_tokens
-        begun = [-(-num_tokens // group.tokens_per_chunk) for group in self._caches.hit_groups]
-        tenure.next_chunk = [max(pair) for pair in zip(tenure.next_chunk, begun, strict=True)]
+        tenure.next_chunk = [-(-num_tokens // group.tokens_per_chunk) for group in self._caches.hit_groups]
         tenure.first_chunk = list(tenure.next_chunk)
         tenure.handed_states, tenure.tail = {}, None
 
