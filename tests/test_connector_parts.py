@@ -7,7 +7,6 @@ from loop_model import make_config
 
 from jaxkv.connector import OffloadingConfig, OffloadingConnector, SchedulerOutput
 from jaxkv.connector.chunks import ChunkedCaches
-from jaxkv.connector.lookup import HostPresence, Question
 from jaxkv.connector.metadata import OffloadingConnectorMetadata
 from jaxkv.connector.metrics import Metrics
 from jaxkv.connector.spans import PlannedSpan, block_ids, shrinking_prefixes, tail_span, whole_span
@@ -16,7 +15,7 @@ from jaxkv.connector.worker import OffloadingConnectorWorker
 from jaxkv.errors import ConfigError, RequestError
 from jaxkv.hash_chain import ChainRoot, HashChain
 from jaxkv.keys import GroupId, KeyRun, KeyRuns
-from jaxkv.offload import LookupResult, OffloadingManager, ReqContext
+from jaxkv.offload import ReqContext
 from jaxkv.offload.base import DeviceBlocks, JobResult, LoadStoreSpec, OffloadingSpec, TransferJob
 from jaxkv.offload.factory import make_offloading_spec
 from jaxkv.offload.options import BackendOptions
@@ -91,50 +90,7 @@ def test_chunks_of_one_token_end_one_after_another():
     assert [sum(len(part.span) for part in parts) for parts in prefixes] == [3, 1]
 
 
-# -- lookups and loads ------------------------------------------------------------------------------------
-
-
-class AskedManager(OffloadingManager):
-    """Answers lookups from a table."""
-
-    def __init__(self, answers):
-        self.answers = answers
-        self.asked_by = []
-
-    def lookup(self, key, ctx):
-        self.asked_by.append(ctx)
-        return self.answers[key]
-
-    prepare_load = complete_load = prepare_store = complete_store = touch = reset_cache = None
-
-
-def test_tail_without_a_name_is_not_there_and_not_asked_for():
-    manager = AskedManager({})
-    caches = ChunkedCaches(hybrid_config(), 1)
-    question = Question(hashes_of(8), 0, 8)
-    presence = HostPresence(caches, question, manager, CTX, takes_retry_as_miss=False)
-    assert not presence.has_tail(STATE, 12)
-    assert not manager.asked_by
-
-
-@pytest.mark.parametrize(("answers", "num_found"), [("HHRH", (2, 1)), ("HHHH", (4, 4)), ("MHHH", (0, 3))])
-def test_where_retry_is_a_miss_the_chunks_up_to_it_are_found(answers, num_found):
-    results = {"H": LookupResult.HIT, "M": LookupResult.MISS, "R": LookupResult.RETRY}
-    caches, hashes = ChunkedCaches(make_config({"full": 1}), 1), hashes_of(16)
-    keys = caches.keys(hashes, FULL, range(4))
-    manager = AskedManager({key: results[letter] for key, letter in zip(keys, answers, strict=True)})
-    for count, expected in zip(("count_leading", "count_trailing"), num_found, strict=True):
-        presence = HostPresence(caches, Question(hashes, 0, 16), manager, CTX, takes_retry_as_miss=True)
-        assert getattr(presence, count)(FULL, range(4)) == expected
-    assert all(ctx is CTX for ctx in manager.asked_by)
-
-
-def test_how_far_a_group_reaches_is_asked_once():
-    caches, hashes = ChunkedCaches(make_config({"full": 1}), 1), hashes_of(16)
-    manager = AskedManager(dict.fromkeys(caches.keys(hashes, FULL, range(4)), LookupResult.HIT))
-    presence = HostPresence(caches, Question(hashes, 0, 16), manager, CTX, takes_retry_as_miss=False)
-    assert [presence.count_leading(FULL, range(count)) for count in (4, 2, 4)] == [4, 2, 4]
-    assert len(manager.asked_by) == 4
+# -- loads ------------------------------------------------------------------------------------------------
 
 
 def test_block_that_the_device_holds_is_not_loaded_into_where_its_chunk_is():

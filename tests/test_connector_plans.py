@@ -1,4 +1,4 @@
-"""The pure parts of the connector: which chunks can be stored, which are looked up, how a stay is counted."""
+"""The pure parts of the connector: which chunks can be stored, from which blocks, how a stay is counted."""
 
 from dataclasses import replace
 
@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 
 from jaxkv.connector.chunks import ChunkedCaches
 from jaxkv.connector.jobs import device_blocks
-from jaxkv.connector.lookup import Deferral, HostPresence, Question, find_hit
 from jaxkv.connector.request_state import Tail, Tenure
 from jaxkv.connector.retention import Boundaries, Retention
 from jaxkv.connector.spans import shrinking_prefixes
 from jaxkv.connector.store_plan import SkipReason, plan_stores
-from jaxkv.keys import GroupId, OffloadKey, get_offload_block_hash, get_offload_group
-from jaxkv.offload import LookupResult, OffloadingManager, ReqContext
+from jaxkv.keys import GroupId, get_offload_block_hash, get_offload_group
+from jaxkv.offload import ReqContext
 from jaxkv.spec import (
     ChunkedLocalAttentionSpec,
     KVCacheConfig,
@@ -171,27 +170,10 @@ def test_sinks_can_be_stored_as_long_as_the_request_runs():
     tables = [list(range(10)), list(range(20, 30)), list(range(30, 40))]
     plan = plan_stores(other_kinds(), view(tables, 32, 40, boundaries=every(4)))
     assert chunks_of(plan, SINK) == [0, 1, 5, 6, 7, 8, 9]
+    plan = plan_stores(other_kinds(), view(tables, 32, 40, next_chunk=(0, 0, 1), boundaries=every(4)))
+    assert chunks_of(plan, SINK) == [1, 5, 6, 7, 8, 9], "and each is stored once"
     plan = plan_stores(other_kinds(8), view(tables, 32, 40, boundaries=every(32)))
     assert stored(plan)[(SINK, 0)] == (30, 31, -1, -1, -1, 35, 36, 37)
-
-
-def test_hit_takes_the_chunks_each_kind_of_attention_reads():
-    caches, asked = other_kinds(), []
-
-    def lookup(key):
-        asked.append(key)
-        return LookupResult.HIT
-
-    found = find(lookup, limit=35, caches=caches)
-    assert found.boundary_tokens == 32
-    assert chunks(found) == (
-        *((LATENT, index) for index in range(8)),
-        (LOCAL, 7),
-        *((SINK, index) for index in (0, 1, 5, 6, 7)),
-    )
-    assert set(asked) == set(found.keys), "nothing else is looked up"
-    continued = find(lookup, known=28, limit=35, caches=caches)
-    assert chunks(continued) == tuple((group, 7) for group in (LATENT, LOCAL, SINK))
 
 
 def test_shrinking_prefixes_get_shorter_and_start_at_the_first_chunk():
@@ -205,103 +187,6 @@ def test_shrinking_prefixes_get_shorter_and_start_at_the_first_chunk():
     for planned in prefixes[1]:
         assert planned.block_ids == list(range(5))
         assert planned.span.chunks == range(5)
-
-
-class AskedManager(OffloadingManager):
-    """Answers lookups with a function; holds nothing."""
-
-    def __init__(self, answer):
-        self.answer = answer
-
-    def lookup(self, key, ctx):
-        return self.answer(key)
-
-    prepare_load = complete_load = prepare_store = complete_store = touch = reset_cache = None
-
-
-def find(answer, *, known=0, limit=99, caches=CACHES, takes_retry_as_miss=False):
-    question = Question(REQUEST.block_hashes, known, min(limit, caches.hashed_tokens(REQUEST.block_hashes)))
-    presence = HostPresence(
-        caches,
-        question,
-        AskedManager(answer),
-        ReqContext("r"),
-        takes_retry_as_miss=takes_retry_as_miss,
-    )
-    return find_hit(caches, question, presence)
-
-
-def chunks(hit):
-    return tuple((span.group, chunk) for span in hit.spans for chunk in span.chunks)
-
-
-def answers(**by_group):
-    """A lookup that answers from ``{group: {index: result}}`` and misses otherwise."""
-    known: dict[OffloadKey, LookupResult] = {}
-    for name, results in by_group.items():
-        group = {"full": FULL, "window": WINDOW, "state": STATE}[name]
-        for index, result in results.items():
-            (key,) = CACHES.keys(REQUEST.block_hashes, group, range(index, index + 1))
-            known[key] = result
-    return lambda key: known.get(key, LookupResult.MISS)
-
-
-def hits(*indices, **others):
-    return {**dict.fromkeys(indices, LookupResult.HIT), **others}
-
-
-def test_hit_is_limited_by_the_group_that_holds_least():
-    lookup = answers(full=hits(*range(8)), window=hits(*range(6)), state=hits(0, 1, 2, 3))
-    found = find(lookup)
-    assert found.boundary_tokens == 24
-    assert chunks(found) == (
-        *((FULL, index) for index in range(6)),
-        *((WINDOW, index) for index in (3, 4, 5)),
-        (STATE, 2),
-    )
-
-
-def test_pending_chunk_that_the_hit_needs_defers_it():
-    lookup = answers(full=hits(0) | {1: LookupResult.HIT_PENDING}, window=hits(0, 1), state=hits(0))
-    assert find(lookup) is Deferral.PENDING
-
-
-def test_pending_chunk_that_the_hit_does_not_need_defers_nothing():
-    lookup = answers(full=hits(0, 1) | {2: LookupResult.HIT_PENDING}, window=hits(0, 1), state=hits(0))
-    assert find(lookup).boundary_tokens == 8
-
-
-def test_backend_that_asks_to_retry_defers_the_hit():
-    lookup = answers(full=hits(0, 1), window=hits(0, 1), state={0: LookupResult.RETRY})
-    assert find(lookup) is Deferral.RETRY
-
-
-def test_backend_that_asks_to_retry_for_too_long_is_taken_to_hold_nothing():
-    lookup = answers(full=hits(0, 1), window=hits(0, 1), state={0: LookupResult.RETRY})
-    found = find(lookup, takes_retry_as_miss=True)
-    assert (found.boundary_tokens, found.branch_tokens) == (0, 8)
-
-
-def test_hit_goes_on_to_a_tail_that_every_group_kept():
-    """Behind 8 tokens: a whole chunk of full attention and of the window, and a state cut at 12."""
-    lookup = answers(full=hits(0, 1, 2), window=hits(0, 1, 2), state=hits(0))
-    (tail,) = CACHES.tail_key(REQUEST.block_hashes, STATE, 12)
-
-    def with_tail(key):
-        return LookupResult.HIT if key == tail else lookup(key)
-
-    assert find(lookup).boundary_tokens == 8
-    found = find(with_tail)
-    assert found.boundary_tokens == 12
-    assert found.spans[-1].cut_tokens == 12
-    assert found.spans[-1].group == STATE
-    assert find(with_tail, limit=11).boundary_tokens == 8
-
-
-def test_request_branches_where_full_attention_is_held_and_other_layers_are_not():
-    assert find(answers(full=hits(*range(7)), window=hits(1), state=hits(0))).branch_tokens == 24
-    served = answers(full=hits(*range(6)), window=hits(*range(6)), state=hits(2))
-    assert find(served).branch_tokens is None
 
 
 def make_tenure():
@@ -367,16 +252,6 @@ def test_state_inside_a_block_is_stored_only_until_the_next_step_writes_over_it(
     )
     assert ((STATE, "cut at 12") in stored(plan)) == is_stored
     assert plan.tail is None
-
-
-def test_backend_that_changes_its_mind_within_one_question_is_asked_again():
-    asked = []
-
-    def fickle(key):
-        asked.append(key)
-        return LookupResult.RETRY if asked.count(key) == 1 else LookupResult.MISS
-
-    assert find(fickle) is Deferral.RETRY
 
 
 def test_job_names_no_group_of_which_it_moves_nothing():

@@ -1,16 +1,13 @@
 """Stores for which there is no room: what of them is taken, and when the rest is offered again."""
 
 from connector_loop import BLOCK, STATE_BLOCK, Loop, expected_output
+from loop_model import make_config
+from loop_tools import key_of, no_room, skipped
 
 from jaxkv.testing.leaks import assert_no_leaks
 
 PROMPT = list(range(100, 150))
 HIT = 48
-
-
-def skipped(loop, group):
-    counts = loop.connector.get_stats().groups[group].skipped_chunks
-    return {reason.value: count for reason, count in counts.items()}
 
 
 def test_pool_too_small_for_a_step_stores_its_beginning():
@@ -72,23 +69,43 @@ def test_what_was_refused_is_offered_again_when_a_job_has_ended_and_not_in_every
     assert_no_leaks(loop.connector)
 
 
-def test_what_was_taken_of_a_refused_plan_is_not_offered_again_and_the_rest_is():
-    """A backend that takes four chunks at a time of the twenty and more that a step of 32 tokens offers."""
-    loop = Loop(offload_prompt_only=False, max_step_tokens=32)
-    manager, real = loop.spec.get_manager(), loop.spec.get_manager().prepare_store
-    taken = []
+def take_at_most(loop, num_keys):
+    """Make the backend refuse longer offers; the list of what it takes."""
+    manager, taken = loop.spec.get_manager(), []
+    real = type(manager).prepare_store
 
     def prepare_store(keys, ctx):
-        if len(keys) > 4:
+        if len(keys) > num_keys:
             return None
         taken.extend(keys)
-        return real(keys, ctx)
+        return real(manager, keys, ctx)
 
     manager.prepare_stores = lambda offers: None
     manager.prepare_store = prepare_store
+    return taken
+
+
+def test_what_was_taken_of_a_refused_plan_is_not_offered_again_and_the_rest_is():
+    """A backend that takes four chunks at a time of the twenty and more that a step of 32 tokens offers."""
+    loop = Loop(offload_prompt_only=False, max_step_tokens=32)
+    taken = take_at_most(loop, 4)
     loop.serve("first", PROMPT, 30)
     assert len(taken) == len(set(taken))
     assert loop.connector.get_stats().groups[0].stored_chunks == (len(PROMPT) + 29) // BLOCK
     assert skipped(loop, 0).keys() == {"refused"}
-    del manager.prepare_store, manager.prepare_stores
+    loop.close()
+
+
+def test_tail_that_was_taken_of_a_refused_plan_is_not_offered_again():
+    """At 40 tokens there is room for five chunks: those that end up to 16, and the prompt's tail at 14."""
+    loop = Loop(config=make_config({"full": 1}, tokens_per_hash=2), offload_prompt_only=False)
+    first = loop.add("first", PROMPT[:15], 40)
+    with no_room(loop):
+        while first.num_computed_tokens < 40:
+            loop.step()
+    taken = take_at_most(loop, 5)
+    loop.step()
+    assert taken == [key_of(loop, first, 0, end) for end in (4, 8, 12, 16, 14)]
+    loop.run()
+    assert len(taken) == len(set(taken))
     loop.close()

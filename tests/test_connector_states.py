@@ -42,8 +42,9 @@ class EmittingLoop(Loop):
         return super().schedule()
 
 
-def test_states_a_model_emits_on_its_way_through_a_long_step_can_be_hit():
-    loop = EmittingLoop(emit_at=(16, 32), max_step_tokens=64)
+@pytest.mark.parametrize("blocks_per_chunk", [1, 2])
+def test_states_a_model_emits_on_its_way_through_a_long_step_can_be_hit(blocks_per_chunk):
+    loop = EmittingLoop(emit_at=(16, 32), max_step_tokens=64, blocks_per_chunk=blocks_per_chunk)
     first = loop.serve("first", PROMPT)
     assert held(loop, first, STATE) == {16, 32, 48}
     for length, hit in ((20, 16), (40, 32), (50, 48)):
@@ -128,11 +129,12 @@ def test_the_tail_of_a_finished_request_is_where_its_next_turn_begins(finishes_f
     loop.close()
 
 
-def test_the_tail_of_a_finished_request_counts_also_where_no_state_before_it_was_kept():
+@pytest.mark.parametrize("num_further", [3, 30])
+def test_the_tail_of_a_finished_request_counts_also_where_no_state_before_it_was_kept(num_further):
     """Nothing but the end of the first turn was kept of states, and of the window what its end reads."""
     loop = Loop(offload_prompt_only=False, retention_interval=0, max_step_tokens=64)
     tokens = finish_with_tail(loop, "first", PROMPT[:7], 44, 38)
-    turn = [*tokens, 1, 2, 3]
+    turn = [*tokens, *PROMPT[:num_further]]
     assert loop.serve("second", turn, 3).host_hits == [44]
     assert loop.outputs["second"] == expected_output(turn, 3)
     loop.close()

@@ -10,7 +10,7 @@ import pytest
 import jaxkv.offload.host as host_module
 from jaxkv.errors import CacheMismatchError, PoolInUseError
 from jaxkv.keys import BlockHash, GroupId, make_offload_key
-from jaxkv.offload import BackendOptions, LookupResult, ReqContext
+from jaxkv.offload import BackendOptions, LookupResult, PrefixLookup, ReqContext
 from jaxkv.offload.claims import claim, release
 from jaxkv.offload.host import HostOffloadingSpec
 from jaxkv.offload.host_manager import HostOffloadingManager
@@ -50,6 +50,9 @@ def test_request_that_may_not_load_from_the_host_finds_nothing_there():
     elsewhere = replace(CTX, load_tiers=frozenset({"disk"}))
     assert manager.lookup(KEYS[0], CTX) is LookupResult.HIT
     assert manager.lookup(KEYS[0], elsewhere) is LookupResult.MISS
+    for lookup in (manager.lookup_prefix, manager.lookup_suffix):
+        assert lookup(KEYS, CTX) == PrefixLookup(len(KEYS))
+        assert lookup(KEYS, elsewhere) == PrefixLookup(0)
 
 
 def test_host_manager_is_made_with_the_threshold_and_the_events_of_the_options():
