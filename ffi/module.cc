@@ -11,6 +11,7 @@
 #include <string>
 #include <utility>
 
+#include "bench_module.h"
 #include "handlers.h"
 #include "index_module.h"
 #include "pool.h"
@@ -150,6 +151,7 @@ NB_MODULE(_native, module) {
       .def_prop_ro("shared_fd", &ArenaHandle::shared_fd);
   RegisterSlots(module);
   RegisterIndex(module);
+  RegisterBench(module);
   module.def("ffi_targets", &FfiTargets);
 }
 

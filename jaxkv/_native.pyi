@@ -162,3 +162,12 @@ class ChunkIndex:
         """Requests that asked for something and have not ended."""
 
 def ffi_targets() -> dict[str, object]: ...
+def bench_memcpy(
+    to: npt.NDArray[np.uint8],
+    to_offsets: npt.NDArray[np.int64],
+    from_: npt.NDArray[np.uint8],
+    from_offsets: npt.NDArray[np.int64],
+    run_bytes: int,
+    num_threads: int,
+) -> None:
+    """Copy runs between two arrays of bytes, one after another in each thread. For benchmarks."""

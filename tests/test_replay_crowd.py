@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from jaxkv.cli.bench_scheduler import Measurement
+from jaxkv.cli.bench.series import Measurement
 from jaxkv.cli.main import main
 from jaxkv.replay.crowd import BLOCK, Crowd, FullPool
 from jaxkv.testing.leaks import assert_no_leaks

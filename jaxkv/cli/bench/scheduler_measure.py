@@ -6,16 +6,15 @@ serving loop and a worker would do in between is not counted.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median, quantiles
+from statistics import median
 from time import perf_counter
 from typing import final
 
 import numpy as np
 
+from jaxkv.cli.bench.series import Measurement, Tell, undisturbed
 from jaxkv.hash_chain import ChainRoot, HashChain, TokenIds
 from jaxkv.keys import KeyRun, OffloadKey
 from jaxkv.offload.base import LookupResult, ReqContext
@@ -37,34 +36,6 @@ class Sizes:
     index_chunks: tuple[int, ...] = (10_000, 200_000)
     fewer_chunks: int = 100_000
     shorter_context_tokens: int = 16_384
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """Repeated timings of one thing, in seconds."""
-
-    name: str
-    seconds: tuple[float, ...]
-    target_s: float | None = None
-
-    @property
-    def median_s(self) -> float:
-        """The middle of all."""
-        return median(self.seconds)
-
-    @property
-    def spread_s(self) -> tuple[float, float]:
-        """What a tenth were faster than, and what a tenth were slower than."""
-        if len(self.seconds) < 2:
-            return self.seconds[0], self.seconds[0]
-        tenths = quantiles(self.seconds, n=10, method="inclusive")
-        return tenths[0], tenths[-1]
-
-    @property
-    def met(self) -> bool:
-        """Whether the median is within the target, if there is one."""
-        return self.target_s is None or self.median_s <= self.target_s
 
 
 @final
@@ -94,15 +65,11 @@ class Figures:
     keys: tuple[tuple[int, tuple[Measurement, ...]], ...]
 
     @property
-    def all_met(self) -> bool:
-        """Whether every median is within its target."""
+    def missed(self) -> tuple[Measurement, ...]:
+        """Those with a median above their target."""
         largest = self.crowds[0]
         measured = (largest.step, largest.quiet_step, largest.admission, *self.lookups)
-        return all(measurement.met for measurement in measured)
-
-
-Tell = Callable[[str], None]
-"""Takes a line that says what is going on."""
+        return tuple(one for one in measured if not one.met)
 
 
 def measure_scheduler(sizes: Sizes, tell: Tell) -> Figures:
@@ -124,7 +91,7 @@ def measure_scheduler(sizes: Sizes, tell: Tell) -> Figures:
 def _measure_crowd(pool: FullPool, num_chunks: int, context_tokens: int, sizes: Sizes) -> CrowdFigures:
     crowd = Crowd(pool)
     crowd.enter(sizes.num_running, context_tokens)
-    with _undisturbed():
+    with undisturbed():
         crowd.spread()
         busy = [crowd.decode() for _ in range(sizes.repeats)]
         quiet = list(_quiet_steps(crowd, sizes.repeats))
@@ -180,7 +147,7 @@ def _measure_prefix_lookup(pool: FullPool, sizes: Sizes) -> tuple[Measurement, .
         key for hashes in pool.contexts for group in range(3) for key in pool.keys(hashes, group)
     )
     names = [list(run) for run in asked]
-    with _undisturbed():
+    with undisturbed():
         found = [_time_lookup_prefix(pool, run) for run in asked]
         got = [_time_dict(plain, keys) for keys in names]
     count = f"{len(asked[0]):,} keys"
@@ -195,7 +162,7 @@ def _measure_hashing(sizes: Sizes) -> tuple[Measurement, ...]:
     root = ChainRoot("bench", BLOCK)
     array = np.random.default_rng(0).integers(0, 1 << 18, sizes.context_tokens, np.int32)
     forms = {"an array": array, "a list": array.tolist()}
-    with _undisturbed():
+    with undisturbed():
         return tuple(
             Measurement(
                 f"hashes of a prompt in {form}",
@@ -217,7 +184,7 @@ def _measure_keys(num_chunks: int, repeats: int, tell: Tell) -> tuple[Measuremen
     pool = FullPool(num_chunks, BATCH_KEYS * BLOCK)
     contexts = [pool.contexts[i * 7919 % len(pool.contexts)] for i in range(repeats)]
     fresh = [pool.new_hashes(BATCH_KEYS) for _ in range(repeats)]
-    with _undisturbed():
+    with undisturbed():
         measured = {
             "lookup": [_time_lookup(pool, pool.keys(hashes)) for hashes in contexts],
             "lookup_prefix": [_time_lookup_prefix(pool, pool.keys(hashes)) for hashes in contexts],
@@ -279,14 +246,3 @@ def _time_dict(table: Mapping[OffloadKey, None], keys: Sequence[OffloadKey]) -> 
     for key in keys:
         table.get(key)
     return perf_counter() - start
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """The garbage collector goes on, but does not walk over what was there before, as servers have it."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

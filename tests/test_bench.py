@@ -1,0 +1,134 @@
+"""The benchmarks of the command line at toy sizes: what they print, write and judge. No time is judged."""
+
+from __future__ import annotations
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkv.cli.bench.copy_caches import make_shape
+from jaxkv.cli.bench.copy_contenders import HostSide, JaxSide
+from jaxkv.cli.bench.copy_measure import CopyFigures, CopyResult, CopySettings
+from jaxkv.cli.bench.series import Contender, Ratio, interleave
+from jaxkv.cli.main import main
+
+PNG = b"\x89PNG"
+COPY = ["bench", "copy", "--pages", "4KiB", "--bytes", "1MiB", "--repeats", "2"]
+
+
+def test_every_round_times_every_contender_once_after_one_that_does_not_count():
+    calls: list[str] = []
+    contenders = [
+        Contender("a", lambda: calls.append("a"), lambda: calls.append("prepare a")),
+        Contender("b", lambda: calls.append("b")),
+    ]
+    seconds = interleave(contenders, 3)
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+    assert calls[:3] == ["prepare a", "a", "b"]
+    rounds = [calls[3 * i : 3 * i + 3] for i in range(4)]
+    assert all(sorted(one) == ["a", "b", "prepare a"] for one in rounds)
+    assert all(one.index("prepare a") + 1 == one.index("a") for one in rounds)
+
+
+def test_a_ratio_is_met_to_the_digits_it_is_shown_with():
+    assert Ratio("it", (0.996,), at_least=1.0).met
+    assert not Ratio("it", (0.994,), at_least=1.0).met
+    assert Ratio("it", (0.1,)).met
+
+
+def copied(page_bytes: int, seconds: dict[str, float], *, strided: bool = False) -> CopyResult:
+    shape = make_shape(page_bytes, 1, 1 << 20, strided=strided)
+    return CopyResult("offload", shape, 2, {name: (value,) for name, value in seconds.items()})
+
+
+def test_copies_are_held_against_the_contiguous_copy_by_page_size():
+    roof = "one copy, contiguous"
+    times = {"jaxkv": 2.0, roof: 1.5}
+    wanted = {4096: 0.7, 16384: 0.85, 65536: 0.88, 1 << 18: 1.0, 1 << 21: 1.0}
+    results = {page: copied(page, times) for page in wanted}
+    assert {page: result.ratio(roof).at_least for page, result in results.items()} == wanted
+    assert {page: result.ratio(roof).met for page, result in results.items()} == {
+        page: least <= 0.75 for page, least in wanted.items()
+    }
+    assert results[4096].gb_per_s("jaxkv") == pytest.approx((1 << 20) / 2e9)
+
+
+def test_pages_in_pieces_are_held_against_whole_pages_by_their_shares_of_the_roof():
+    whole = copied(4096, {"jaxkv": 2.0, "one copy, contiguous": 1.0})
+    pieces = copied(0, {"jaxkv": 4.0, "one copy, contiguous": 1.5}, strided=True)
+    figures = CopyFigures(CopySettings(), (whole, pieces))
+    ((result, ratio),) = figures.strided_ratios
+    assert result is pieces
+    assert (ratio.median, ratio.at_least) == (pytest.approx(0.75), 0.75)
+    assert pieces.ratio("one copy, contiguous").at_least is None
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_what_copies_are_compared_with_moves_the_blocks_it_was_told(strided):
+    shape = make_shape(8192, 2, 1 << 19, strided=strided)
+    ids = np.random.default_rng(0).permutation(shape.num_blocks).astype(np.int32)
+    host = HostSide(shape, ids, 2)
+    plain = JaxSide(shape, ids, host)
+    leaves = host.leaves.copy()
+    plain.leaves = [jnp.array(leaf) for leaf in leaves]
+    taken = np.take(leaves, ids, axis=1 + shape.block_axis)
+    for move in (lambda: host.take(1), lambda: host.take(2), plain.gather_and_copy):
+        host.buffers[:] = 0
+        move()
+        assert np.array_equal(host.buffers, taken)
+    for move in (lambda: host.put(1), lambda: host.put(2)):
+        host.leaves[:] = 0
+        move()
+        assert np.array_equal(host.leaves, leaves)
+    host.copy_out()
+    in_order = host.buffers.reshape(2, shape.num_blocks, -1)
+    assert np.array_equal(in_order, np.moveaxis(taken, 1 + shape.block_axis, 1).reshape(in_order.shape))
+    host.leaves[:] = 0
+    host.copy_in()
+    assert np.array_equal(host.leaves, leaves)
+    plain.make_pages()
+    plain.leaves = [jnp.zeros_like(leaf) for leaf in plain.leaves]
+    plain.scatter()
+    assert np.array_equal(np.stack(plain.leaves), leaves)
+    host.close()
+
+
+def test_copy_benchmark_prints_rates_and_ratios_and_draws_them(capsys, tmp_path):
+    assert main([*COPY, "--plot", str(tmp_path / "copy.png")]) == 0
+    text = capsys.readouterr().out
+    for part in ("offload, 1 leaf", "restore, 1 leaf", "4 KiB runs", "memcpy by page", "leaf[ids]", "cpu"):
+        assert part in text
+    assert (tmp_path / "copy.png").read_bytes().startswith(PNG)
+
+
+def test_copy_benchmark_gives_json_and_judges_when_asked(capsys):
+    status = main([*COPY, "--leaves", "2", "--json", "--check"])
+    document = json.loads(capsys.readouterr().out)
+    assert document["bench"] == "copy"
+    assert [(one["direction"], one["run_bytes"], one["leaves"]) for one in document["results"]] == [
+        ("offload", 4096, 2),
+        ("restore", 4096, 2),
+        ("offload", 4096, 2),
+        ("restore", 4096, 2),
+    ]
+    ratios = [ratio for one in document["results"] for ratio in one["jaxkv_times"]]
+    judged = [ratio for ratio in (*ratios, *document["strided_times"]) if ratio["at_least"] is not None]
+    missed = [ratio for ratio in judged if round(ratio["median"], 2) < ratio["at_least"]]
+    assert status == (1 if missed else 0)
+
+
+def test_copy_benchmark_has_as_many_threads_as_it_is_told(capsys):
+    assert main([*COPY, "--threads", "1", "--no-strided", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {one["threads"] for one in document["results"]} == {1}
+    assert main([*COPY, "--threads", "4096"]) == 2
+    assert "4096 threads cannot be measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pages", ["1KiB", "6KiB"])
+def test_page_sizes_that_cannot_be_made_are_refused(capsys, pages):
+    with pytest.raises(SystemExit):
+        main(["bench", "copy", "--pages", pages])
+    assert "must be a multiple of 4KiB" in capsys.readouterr().err
