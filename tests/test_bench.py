@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from jaxkv.cli.bench.copy_caches import make_shape
 from jaxkv.cli.bench.copy_contenders import HostSide, JaxSide
 from jaxkv.cli.bench.copy_measure import CopyFigures, CopyResult, CopySettings
-from jaxkv.cli.bench.series import Contender, Ratio, interleave
+from jaxkv.cli.bench.memory_measure import MemoryFigures, MemorySettings, PeakResult, PoolResult
+from jaxkv.cli.bench.memory_report import print_memory
+from jaxkv.cli.bench.series import Contender, Measurement, Ratio, interleave
 from jaxkv.cli.main import main
 
 PNG = b"\x89PNG"
-COPY = ["bench", "copy", "--pages", "4KiB", "--bytes", "1MiB", "--repeats", "2"]
+COPY = ["bench", "copy", "--pages", "4KiB", "--bytes", "1MiB", "--repeats", "1"]
 
 
 def test_every_round_times_every_contender_once_after_one_that_does_not_count():
@@ -104,12 +108,10 @@ def test_copy_benchmark_prints_rates_and_ratios_and_draws_them(capsys, tmp_path)
 
 
 def test_copy_benchmark_gives_json_and_judges_when_asked(capsys):
-    status = main([*COPY, "--leaves", "2", "--json", "--check"])
+    status = main([*COPY, "--leaves", "2", "--no-strided", "--json", "--check"])
     document = json.loads(capsys.readouterr().out)
     assert document["bench"] == "copy"
     assert [(one["direction"], one["run_bytes"], one["leaves"]) for one in document["results"]] == [
-        ("offload", 4096, 2),
-        ("restore", 4096, 2),
         ("offload", 4096, 2),
         ("restore", 4096, 2),
     ]
@@ -132,3 +134,49 @@ def test_page_sizes_that_cannot_be_made_are_refused(capsys, pages):
     with pytest.raises(SystemExit):
         main(["bench", "copy", "--pages", pages])
     assert "must be a multiple of 4KiB" in capsys.readouterr().err
+
+
+def test_latency_benchmark_names_each_way_and_what_it_should_take(capsys, tmp_path):
+    argv = ["bench", "latency", "--leaves", "1", "2", "--cache-bytes", "1MiB", "--repeats", "1"]
+    status = main([*argv, "--json", "--check", "--plot", str(tmp_path / "latency.png")])
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [(one["direction"], one["leaves"]) for one in results] == [
+        ("offload", 1), ("restore", 1), ("offload", 2), ("restore", 2),
+    ]  # fmt: skip
+    names = {measurement["name"] for one in results for measurement in one["measurements"]}
+    assert names == {"the op in a program", "BlockTransfer, waited for", "a program that does nothing"}
+    op = results[0]["measurements"][0]
+    assert (op["target_s"], op["count"]) == (8e-6, 20)
+    assert status == (0 if op["median_s"] <= 8e-6 else 1)
+    assert (tmp_path / "latency.png").read_bytes().startswith(PNG)
+
+
+def test_latency_benchmark_prints_a_table(capsys):
+    assert main(["bench", "latency", "--leaves", "1", "--cache-bytes", "1MiB", "--repeats", "1"]) == 0
+    text = capsys.readouterr().out
+    for part in ("offload, 1 leaf", "BlockTransfer, waited for", "at most", "cpu"):
+        assert part in text
+
+
+def test_memory_benchmark_tells_cold_from_warm_and_what_transfers_take(capsys, tmp_path):
+    argv = ["bench", "memory", "--pools", "8MiB", "1048576GiB", "--bytes", "64MiB", "--repeats", "1"]
+    assert main([*argv, "--json", "--plot", str(tmp_path / "memory.png")]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["too_large"] == [1 << 50]
+    assert document["pools"][0]["bytes"] == 8 << 20
+    extra = {peak["name"]: peak["extra_bytes"] for peak in document["peaks"]}
+    assert extra["jaxkv offload"] < (32 << 20) < extra["jit gather + copy"]
+    assert extra["jaxkv restore"] < (32 << 20) < extra["jit scatter of host pages"]
+    assert (tmp_path / "memory.png").read_bytes().startswith(PNG)
+
+
+def test_memory_is_shown_in_tables():
+    pool = PoolResult(4 << 30, 2.0, Measurement("warm", (0.5,), 0.4), Measurement("np.ones", (1.0,)), True, 0)
+    peaks = (PeakResult("jaxkv offload", None),)
+    console = Console(file=io.StringIO(), width=80)
+    print_memory(MemoryFigures(MemorySettings(), (pool,), peaks, (1 << 50,)), console)
+    text = console.file.getvalue()
+    row = next(line.split() for line in text.splitlines() if line.strip().startswith("4 "))
+    assert row == ["4", "2.000", "0.500", "0.500", "0.500", "0.4", "1.000", "yes", "0"]
+    assert "no room here for a pool of 1048576 GiB" in text
+    assert "unknown" in text

@@ -33,7 +33,8 @@ stands below; red misses it. The whole run needs about 8 times --bytes of memory
 """
 
 
-def _page(text: str) -> int:
+def page_size(text: str) -> int:
+    """Bytes of a page, a multiple of the smallest."""
     num_bytes = size(text)
     if num_bytes < SMALLEST_PAGE or num_bytes % SMALLEST_PAGE:
         raise argparse.ArgumentTypeError(f"must be a multiple of 4KiB, got {text!r}")
@@ -54,7 +55,7 @@ class CopyBench(Bench):
         usual = CopySettings()
         names = " ".join(size_name(page).replace(" ", "") for page in usual.page_bytes)
         parser.add_argument(
-            "--pages", type=_page, nargs="+", default=list(usual.page_bytes), metavar="BYTES",
+            "--pages", type=page_size, nargs="+", default=list(usual.page_bytes), metavar="BYTES",
             help=f"page sizes, multiples of 4KiB (default {names})",
         )  # fmt: skip
         parser.add_argument(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from statistics import median
@@ -31,6 +29,7 @@ from jaxkv.cli.bench.copy_contenders import (
     offload_contenders,
     restore_contenders,
 )
+from jaxkv.cli.bench.processes import run_fresh
 from jaxkv.cli.bench.series import Ratio, Tell, interleave, tenths, undisturbed
 from jaxkv.errors import ConfigError
 from jaxkv.host_pool import HostPool
@@ -171,15 +170,8 @@ def measure_copy(settings: CopySettings, tell: Tell) -> CopyFigures:
                 "and fewer only on Linux"
             )
         tell(f"{num_threads} of {len(cpus)} threads, in a process of their own")
-        results += _measure_on(cpus[:num_threads], alone)
+        results += run_fresh(cpus[:num_threads], _measure_here, alone, _say_nothing)
     return CopyFigures(settings, tuple(results))
-
-
-def _measure_on(cpus: Sequence[int], settings: CopySettings) -> list[CopyResult]:
-    """In a process that is kept to ``cpus``: XLA and jaxkv have as many threads then."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, os.sched_setaffinity, (0, set(cpus))) as process:
-        return process.submit(_measure_here, settings, _say_nothing).result()
 
 
 def _say_nothing(_line: str) -> None:

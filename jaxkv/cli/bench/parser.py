@@ -6,10 +6,12 @@ from typing import Any
 
 from jaxkv.cli.bench.base import Bench, add_bench
 from jaxkv.cli.bench.copy_command import CopyBench
+from jaxkv.cli.bench.latency_command import LatencyBench
+from jaxkv.cli.bench.memory_command import MemoryBench
 from jaxkv.cli.bench.retention_command import RetentionBench
 from jaxkv.cli.bench.scheduler_command import SchedulerBench
 
-BENCHES: tuple[Bench, ...] = (CopyBench(), SchedulerBench(), RetentionBench())
+BENCHES: tuple[Bench, ...] = (CopyBench(), LatencyBench(), MemoryBench(), SchedulerBench(), RetentionBench())
 
 
 def add_parser(commands: Any) -> None:

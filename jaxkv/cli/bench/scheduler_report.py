@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxkv.cli.bench.scheduler_measure import BATCH_KEYS, CrowdFigures, Figures
-from jaxkv.cli.bench.show import add_milliseconds, make_table
+from jaxkv.cli.bench.show import add_times, make_table
 
 
 def print_scheduler(figures: Figures, console: Console | None = None) -> None:
@@ -29,11 +29,11 @@ def _largest_table(figures: Figures) -> Table:
     largest = figures.crowds[0]
     steps = (largest.step, largest.quiet_step, largest.empty_step)
     for measurement in (*steps, largest.device_admission, largest.admission):
-        add_milliseconds(table, measurement)
+        add_times(table, measurement)
     for measurement in largest.admission_parts:
-        add_milliseconds(table, measurement, indent="  ")
+        add_times(table, measurement, indent="  ")
     for measurement in (*figures.lookups, *figures.hashing):
-        add_milliseconds(table, measurement)
+        add_times(table, measurement)
     return table
 
 

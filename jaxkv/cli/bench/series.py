@@ -102,11 +102,14 @@ class Contender:
     prepare: Callable[[], object] = lambda: None
 
 
-def interleave(contenders: Sequence[Contender], repeats: int) -> Mapping[str, tuple[float, ...]]:
-    """Seconds by name, one number a round.
+def interleave(
+    contenders: Sequence[Contender], repeats: int, *, burst: int = 1
+) -> Mapping[str, tuple[float, ...]]:
+    """Seconds by name, ``burst`` numbers a round.
 
-    Every round times each contender once, in an order drawn anew, so that a machine that is busy for a while
-    is busy for all of them. A first round, in which programs are compiled and pages touched, does not count.
+    Every round times each contender, ``burst`` times on end, in an order drawn anew, so that a machine that
+    is busy for a while is busy for all of them. A first round, in which programs are compiled and pages
+    touched, does not count.
     """
     draw = random.Random(0)
     seconds: dict[str, list[float]] = {one.name: [] for one in contenders}
@@ -114,7 +117,7 @@ def interleave(contenders: Sequence[Contender], repeats: int) -> Mapping[str, tu
         _time(one)
     for _ in range(repeats):
         for one in draw.sample(contenders, len(contenders)):
-            seconds[one.name].append(_time(one))
+            seconds[one.name] += [_time(one) for _ in range(burst)]
     return {name: tuple(times) for name, times in seconds.items()}
 
 

@@ -56,15 +56,16 @@ def _ratio_cell(ratio: Ratio | None) -> str:
     return text if ratio.at_least is None else judged(text, met=ratio.met)
 
 
-def add_milliseconds(table: Table, measurement: Measurement, indent: str = "") -> None:
-    """A row of median, 10%, 90% and target in milliseconds."""
+def add_times(table: Table, measurement: Measurement, unit: float = 1e-3, indent: str = "") -> None:
+    """A row of median, 10%, 90% and target in units of ``unit`` seconds, by default milliseconds."""
     low, high = measurement.spread_s
-    median = f"{measurement.median_s * 1e3:.3f}"
+    digits = 3 if unit > 1e-6 else 1
+    median = f"{measurement.median_s / unit:.{digits}f}"
     has_target = measurement.target_s is not None
     table.add_row(
         indent + measurement.name,
         judged(median, met=measurement.met) if has_target else median,
-        f"{low * 1e3:.3f}",
-        f"{high * 1e3:.3f}",
-        "" if measurement.target_s is None else f"{measurement.target_s * 1e3:g}",
+        f"{low / unit:.{digits}f}",
+        f"{high / unit:.{digits}f}",
+        "" if measurement.target_s is None else f"{measurement.target_s / unit:g}",
     )
