@@ -14,6 +14,7 @@ from jaxkv.connector import (
     LoadFailure,
     OffloadingConfig,
     OffloadingConnector,
+    SchedulerOutput,
 )
 from jaxkv.connector.chunks import ChunkedCaches
 from jaxkv.connector.events import EventLog
@@ -95,6 +96,22 @@ def test_request_of_a_model_of_one_group_is_finished_with_its_one_table():
     del connector.request_finished_all_groups
     assert connector.request_finished(request, [1, 2]) == (False, None)
     connector.shutdown()
+
+
+def test_shutdown_tells_the_backend_which_stores_landed_and_which_were_never_submitted():
+    """It may keep chunks for longer than the connector lives."""
+    loop = Loop(max_step_tokens=16)
+    manager, ended = loop.spec.get_manager(), []
+    complete = manager.complete_store
+    manager.complete_store = lambda *arguments, success: ended.append(success) or complete(*arguments)
+    loop.worker.delayed = True
+    loop.add("first", PROMPT)
+    loop.step()
+    loop.step()
+    assert len(loop.worker.job_ids) == 1
+    assert len(loop.connector.build_connector_meta(SchedulerOutput()).stores) == 1
+    loop.connector.shutdown()
+    assert ended == [True, False]
 
 
 def test_step_should_end_where_the_request_leaves_a_shared_prefix():

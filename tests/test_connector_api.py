@@ -156,15 +156,16 @@ def test_tokens_that_were_not_promised_are_named():
         connector.update_state_after_alloc(LoopRequest("greedy", PROMPT), [[], [], []], 8)
 
 
-def test_hit_without_a_block_to_load_into_is_named():
+@pytest.mark.parametrize("window", [[None] * 5 + [0, 1, None], [None] * 5 + [0, 1]])
+def test_hit_without_a_block_to_load_into_is_named(window):
     loop = Loop()
     loop.serve("first", PROMPT)
     second = LoopRequest("second", PROMPT)
     assert loop.connector.get_num_new_matched_tokens(second, 0) == (32, True)
-    tables = [list(range(8)), [None] * 5 + [0, 1, None], [None] * 3 + [1]]
+    tables = [list(range(8)), window, [None] * 3 + [1]]
     with pytest.raises(RequestError, match="group 1 has no block at position 7"):
         loop.connector.update_state_after_alloc(second, tables, 32)
-    tables[1][7] = 2
+    tables[1][7:] = [2]
     loop.connector.update_state_after_alloc(second, tables, 32)
     loop.connector.request_finished_all_groups(second, tables)
     loop.run()

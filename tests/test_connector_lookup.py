@@ -129,6 +129,14 @@ def test_hit_goes_on_to_a_tail_that_every_group_kept():
     assert find(with_tail, limit=11).boundary_tokens == 8
 
 
+@pytest.mark.parametrize("lacking", ["full", "window"])
+def test_tail_that_needs_a_whole_chunk_which_another_group_lacks_is_not_hit(lacking):
+    others = {"full": hits(0, 1, 2), "window": hits(0, 1, 2), "state": hits(0)} | {lacking: hits(0, 1)}
+    lookup = answers(**others)
+    (tail,) = CACHES.tail_key(REQUEST.block_hashes, STATE, 12)
+    assert find(lambda key: LookupResult.HIT if key == tail else lookup(key)).boundary_tokens == 8
+
+
 @pytest.mark.parametrize("known", [4, 5])
 def test_hit_of_the_device_inside_a_chunk_is_continued_by_a_tail_or_not_at_all(known):
     """All groups kept the first chunk cut at 6; of full attention alone, others left whole chunks."""

@@ -135,6 +135,19 @@ def test_state_chunk_of_several_blocks_is_its_last_state():
     assert stored(plan)[(STATE, 0)] == (-1, 8)
 
 
+def test_tail_of_several_blocks_is_those_up_to_its_end():
+    """Chunks of 16 and 32 tokens, cut at 44: block 11 of tokens 44 to 47 is there and does not count."""
+    caches = ChunkedCaches(hybrid_config(), 4)
+    tables = [list(range(20)), list(range(20, 40)), [30, 31, 32, 33, 34, 35, 36, 37]]
+    tail = Tail(44, (FULL, WINDOW, STATE))
+    plan = plan_stores(caches, view(tables, 44, 44, next_chunk=(2, 2, 1), tail=tail, boundaries=every(32)))
+    assert stored(plan) == {
+        (FULL, "cut at 44"): (8, 9, 10, -1),
+        (WINDOW, "cut at 44"): (28, 29, 30, -1),
+        (STATE, "cut at 44"): (-1, 35, -1, -1),
+    }
+
+
 @pytest.mark.parametrize(("complete", "expected"), [(23, {}), (24, {2: (32,)}), (25, {})])
 def test_state_is_stored_only_at_a_boundary_where_a_step_ended(complete, expected):
     tables = [[1] * 7, [2] * 7, [None, None, 32, 33]]

@@ -2,8 +2,9 @@
 
 from connector_loop import BLOCK, STATE_BLOCK, Loop, expected_output
 from loop_model import make_config
-from loop_tools import key_of, no_room, skipped
+from loop_tools import held, key_of, no_room, skipped
 
+from jaxkv.offload import StepStoreOutput
 from jaxkv.testing.leaks import assert_no_leaks
 
 PROMPT = list(range(100, 150))
@@ -108,4 +109,14 @@ def test_tail_that_was_taken_of_a_refused_plan_is_not_offered_again():
     assert taken == [key_of(loop, first, 0, end) for end in (4, 8, 12, 16, 14)]
     loop.run()
     assert len(taken) == len(set(taken))
+    loop.close()
+
+
+def test_each_request_of_a_step_stores_what_there_is_room_for_where_all_were_refused_together():
+    loop = Loop(max_step_tokens=32)
+    loop.spec.get_manager().prepare_stores = lambda offers: StepStoreOutput([None] * len(offers), None, ())
+    requests = [loop.add(str(index), [index, *PROMPT]) for index in range(3)]
+    loop.run()
+    for request in requests:
+        assert 16 in held(loop, request, 0), "half of a step of 32 tokens"
     loop.close()

@@ -71,6 +71,18 @@ def test_a_store_counts_chunks_and_the_bytes_of_real_blocks_per_group(metrics, k
     assert stats.load_sizes.num_values == 0
 
 
+def test_what_jobs_moved_or_failed_to_move_adds_up(metrics):
+    for kind in JobKind:
+        for error in (None, "disk on fire") * 2:
+            metrics.job_ended(make_job(kind), JobResult(0, 1, 0.5, error))
+    stats = metrics.snapshot(None)
+    full = stats.groups[0]
+    assert (full.stored_chunks, full.failed_store_chunks) == (6, 6)
+    assert (full.loaded_chunks, full.failed_load_chunks) == (6, 6)
+    assert (full.stored_bytes, full.loaded_bytes) == (4 * FULL_BYTES, 4 * FULL_BYTES)
+    assert (stats.store_seconds, stats.load_seconds) == (2.0, 2.0)
+
+
 def test_a_failed_load_counts_its_chunks_and_its_time_but_no_bytes(metrics):
     metrics.job_ended(make_job(JobKind.LOAD), JobResult(0, 0, 0.25, "disk on fire"))
     stats = metrics.snapshot(None)

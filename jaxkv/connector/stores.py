@@ -141,8 +141,7 @@ class StorePlanner:
                 blocks.setdefault(planned.span.group, []).extend(planned.block_ids)
         if not writing:
             return []
-        all_keys = keys[0] if len(keys) == 1 else _join(keys)
-        job = self._jobs.start(JobKind.STORE, writing[0].tenure.ctx, all_keys, device_blocks(blocks), spec)
+        job = self._jobs.start(JobKind.STORE, writing[0].tenure.ctx, _join(keys), device_blocks(blocks), spec)
         for offer in writing:
             self._events.store_started(job.job_id, offer.tenure.request, offer.keys)
         return [job]
@@ -171,7 +170,7 @@ def _offer(tenure: Tenure, spans: Sequence[PlannedSpan]) -> _Offer:
 
 
 def _join(keys: Sequence[Sequence[OffloadKey]]) -> Sequence[OffloadKey]:
-    """Keys of several requests as one collection, without making them where all are runs."""
+    """Keys of one or several requests as one collection, without making them where all are runs."""
     runs: list[KeyRun] = []
     for part in keys:
         if not isinstance(part, KeyRuns):
