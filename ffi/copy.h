@@ -1,10 +1,12 @@
-// Copies pages between cache leaves and block records. Knows raw pointers and strides, neither XLA nor
-// Python.
+// Copies pages between cache leaves and block records: which runs of bytes, and which thread copies them.
+// Knows raw pointers and strides, neither XLA nor Python.
 #ifndef JAXKV_COPY_H_
 #define JAXKV_COPY_H_
 
 #include <cstdint>
 #include <vector>
+
+#include "copy_loops.h"
 
 namespace jaxkv {
 
@@ -61,7 +63,8 @@ struct RecordExtent {
 // A checked set of plans, ready to copy. `leaf_data[plan.leaf]` is the first byte of a leaf.
 class PageCopier {
  public:
-  PageCopier(std::vector<PagePlan> plans, std::vector<uint8_t*> leaf_data, RecordExtent record);
+  PageCopier(std::vector<PagePlan> plans, std::vector<uint8_t*> leaf_data, RecordExtent record,
+             const CopyLoop& loop = ActiveCopyLoop());
 
   // Leaves to records. Several copiers may fill one record at the same time, where their plans share no byte.
   void Gather(const std::vector<BlockMove>& moves) const;
@@ -70,12 +73,16 @@ class PageCopier {
   void Scatter(const std::vector<BlockMove>& moves) const;
 
  private:
-  template <typename CopyPage>
-  void ForEachPage(const std::vector<BlockMove>& moves, const CopyPage& copy_page) const;
+  class Pieces;
+  enum class Direction { kToRecords, kToLeaves };
 
-  std::vector<PagePlan> plans_;
-  std::vector<uint8_t*> leaf_data_;
-  RecordExtent record_;
+  void Move(const std::vector<BlockMove>& moves, Direction direction) const;
+  void MovePortion(Pieces pieces, int64_t end, Direction direction, Stores stores) const;
+
+  const std::vector<PagePlan> plans_;
+  const std::vector<uint8_t*> leaf_data_;
+  const RecordExtent record_;
+  const CopyLoop& loop_;
   int64_t moved_bytes_ = 0;  // bytes the plans of one record move
 };
 

@@ -1,14 +1,17 @@
-// Checks the copy loops against a byte-by-byte copy. Run it under the sanitizers.
+// Checks what PageCopier copies against a byte-by-byte copy, by every loop that runs here. Run it under the
+// sanitizers.
 #include "copy.h"
 
 #include <cassert>
 #include <cstdio>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <thread>
 #include <vector>
 
 using jaxkv::BlockMove;
+using jaxkv::CopyLoop;
 using jaxkv::FitsInside;
 using jaxkv::PageCopier;
 using jaxkv::PagePlan;
@@ -18,18 +21,34 @@ namespace {
 using Bytes = std::vector<uint8_t>;
 
 Bytes RandomBytes(int64_t count, std::mt19937& rng) {
-  Bytes bytes(static_cast<size_t>(count));
-  for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(rng());
+  Bytes bytes(static_cast<size_t>(count + 3));
+  for (size_t i = 0; i + 4 <= bytes.size(); i += 4) {
+    const uint32_t word = static_cast<uint32_t>(rng());
+    std::memcpy(&bytes[i], &word, 4);
+  }
+  bytes.resize(static_cast<size_t>(count));
   return bytes;
 }
 
 constexpr int64_t kRowGap = 7;
 
+struct Shape {
+  int64_t blocks;
+  int64_t rows;
+  int64_t outer;
+  int64_t run;
+
+  int64_t moved_bytes() const { return (outer + 1) * run; }
+};
+
 // A head-major leaf [outer, blocks, run] next to one with its blocks in rows, [rows, blocks / rows, run] and
-// a gap behind each row, as a group would hold them.
-std::vector<PagePlan> TwoPlans(int64_t blocks, int64_t rows, int64_t outer, int64_t run) {
+// a gap behind each row, as a group would hold them. The first is read in two loops where that can be.
+std::vector<PagePlan> TwoPlans(const Shape& shape) {
+  const auto& [blocks, rows, outer, run] = shape;
+  const int64_t inner = outer % 2 == 0 ? 2 : 1;
+  const int64_t plane = blocks * run;
   return {
-      {0, blocks, run, run, 0, 0, outer, blocks * run, run, 1, 0, 0, 1, 0},
+      {0, blocks, run, run, 0, 0, outer / inner, inner * plane, inner * run, inner, plane, run, 1, 0},
       {1, blocks, run, run, 0, outer * run, 1, 0, 0, 1, 0, 0, rows, blocks / rows * run + kRowGap},
   };
 }
@@ -57,10 +76,12 @@ void ForEachByte(const PagePlan& plan, int64_t block, const Visit& visit) {
   }
 }
 
-void CheckRoundTrip(int64_t blocks, int64_t rows, int64_t outer, int64_t run, std::mt19937& rng) {
-  const auto plans = TwoPlans(blocks, rows, outer, run);
-  const int64_t record_bytes = (outer + 1) * run + 13;
-  const jaxkv::RecordExtent extent = {record_bytes, (outer + 1) * run};
+// Every other block, to records that stand one behind the other and back, with all other bytes watched.
+void CheckRoundTrip(const CopyLoop& loop, const Shape& shape, std::mt19937& rng) {
+  const auto& [blocks, rows, outer, run] = shape;
+  const auto plans = TwoPlans(shape);
+  const int64_t record_bytes = shape.moved_bytes() + 13;
+  const jaxkv::RecordExtent extent = {record_bytes, shape.moved_bytes()};
   Bytes first = RandomBytes(blocks * outer * run, rng);
   Bytes second = RandomBytes(blocks * run + rows * kRowGap, rng);
   Bytes records = RandomBytes(blocks * record_bytes, rng);
@@ -79,7 +100,7 @@ void CheckRoundTrip(int64_t blocks, int64_t rows, int64_t outer, int64_t run, st
       });
     }
   }
-  PageCopier(plans, {first.data(), second.data()}, extent).Gather(moves);
+  PageCopier(plans, {first.data(), second.data()}, extent, loop).Gather(moves);
   assert(records == expected);
 
   Bytes other_first = RandomBytes(static_cast<int64_t>(first.size()), rng);
@@ -94,7 +115,7 @@ void CheckRoundTrip(int64_t blocks, int64_t rows, int64_t outer, int64_t run, st
       });
     }
   }
-  PageCopier(plans, {other_first.data(), other_second.data()}, extent).Scatter(moves);
+  PageCopier(plans, {other_first.data(), other_second.data()}, extent, loop).Scatter(moves);
   assert(other_first == wanted_first && other_second == wanted_second);
 }
 
@@ -151,28 +172,39 @@ void CheckBounds() {
   }
 }
 
-void CheckManyThreads() {
+void CheckManyThreads(const CopyLoop& loop) {
   std::vector<std::thread> threads;
   for (unsigned seed = 0; seed < 4; ++seed) {
-    threads.emplace_back([seed] {
+    threads.emplace_back([&loop, seed] {
       std::mt19937 rng(seed);
-      for (int i = 0; i < 20; ++i) CheckRoundTrip(33, 3, 3, 8192, rng);
+      for (int i = 0; i < 5; ++i) CheckRoundTrip(loop, {33, 3, 3, 8192}, rng);
     });
   }
   for (std::thread& thread : threads) thread.join();
 }
 
+void CheckLoop(const CopyLoop& loop) {
+  std::mt19937 rng(0);
+  for (int64_t run : {1, 3, 16, 100, 4096, 70000}) {
+    for (int64_t outer : {1, 2, 5}) CheckRoundTrip(loop, {17, 1, outer, run}, rng);
+    CheckRoundTrip(loop, {18, 3, 2, run}, rng);
+  }
+  CheckRoundTrip(loop, {1, 1, 1, 1}, rng);
+  for (int64_t run : {131072, 262145, 400003}) CheckRoundTrip(loop, {3, 1, 1, run}, rng);
+  CheckManyThreads(loop);
+}
+
 }  // namespace
 
 int main() {
-  std::mt19937 rng(0);
-  for (int64_t run : {1, 3, 16, 100, 4096, 70000}) {
-    for (int64_t outer : {1, 2, 5}) CheckRoundTrip(17, 1, outer, run, rng);
-    CheckRoundTrip(18, 3, 2, run, rng);
+  for (const CopyLoop& loop : jaxkv::CopyLoops()) {
+    if (loop.runs_here()) {
+      CheckLoop(loop);
+    } else {
+      std::printf("copy_test: %s skipped, this CPU does not have it\n", loop.name);
+    }
   }
-  CheckRoundTrip(1, 1, 1, 1, rng);
   CheckSharedRecords();
   CheckBounds();
-  CheckManyThreads();
   std::puts("copy_test: ok");
 }
