@@ -23,7 +23,7 @@ from jaxkv.keys import GroupId
 from jaxkv.spec import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from jaxkv.testing import LAYOUT_CASES, LayoutCase, assert_same_caches, layout_case, numpy_copy
 from jaxkv.transfer import BlockTransfer, Ticket, block_transfer, ops
-from jaxkv.transfer.backends import CpuMover
+from jaxkv.transfer.cpu import CpuMover
 from jaxkv.transfer.checks import make_entries
 from jaxkv.transfer.status import make_status
 from jaxkv.transfer.ticket import Move
@@ -152,7 +152,7 @@ def test_the_compiled_programs_copy_no_whole_leaf(pool: HostPool) -> None:
     mover = CpuMover(pool, canonical.groups[0])
     leaves = canonical.group_leaves(kv_caches, GroupId(0))
     ids = np.zeros(8, np.int32)
-    for program in (mover.read_program, mover.write_program):
+    for program in (*mover.read_programs, *mover.write_programs):
         text = program.lower(pool.token(), ids, ids, *leaves).compile().as_text()
         assert "f32[16,4,4,8]" in text
         copies = [line for line in text.splitlines() if " copy" in line and "f32[" in line]
@@ -168,9 +168,13 @@ def test_other_ids_of_the_same_bucket_compile_nothing(backend: str, pool: HostPo
     kv_caches, _, transfer = set_up(case, pool, backend=backend)
     kv_caches = transfer.warm_up(kv_caches, max_blocks=10)
     mover = transfer.movers[0].mover
-    programs = (mover.read_program, mover.write_program)
+    programs = (
+        (*mover.read_programs, *mover.write_programs)
+        if backend == "cpu"
+        else (mover.read_program, mover.write_program)
+    )
     sizes = [program._cache_size() for program in programs]
-    assert sizes == [2, 2]
+    assert max(sizes) == 2
     for seed in range(5):
         ids = np.random.default_rng(seed).permutation(11)[: 2 * seed + 2]
         with transfer.reserve(GroupId(0), len(ids)) as slots:

@@ -186,7 +186,7 @@ def test_slots_are_given_back_when_a_transfer_dies_before_it_starts(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for part in ("jaxkv.transfer.block_transfer.make_entries", "jaxkv.transfer.backends.CpuMover.offload"):
+    for part in ("jaxkv.transfer.block_transfer.make_entries", "jaxkv.transfer.cpu.CpuMover.offload"):
         with monkeypatch.context() as patched:
             patched.setattr(part, interrupt)
             with pytest.raises(KeyboardInterrupt), transfer.reserve(GroupId(0), 2) as slots:

@@ -29,7 +29,7 @@ from jaxkv.host_pool import HostPool
 from jaxkv.keys import GroupId
 from jaxkv.testing import LayoutCase, assert_same_caches
 from jaxkv.transfer import BlockTransfer
-from jaxkv.transfer.backends import CpuMover
+from jaxkv.transfer.cpu import CpuMover
 
 GROUP = GroupId(0)
 CASE = MESH_CASES["separate_kv"]

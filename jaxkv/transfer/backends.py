@@ -1,4 +1,4 @@
-"""The ways to move blocks once everything about a transfer was checked: compiled handlers, or plain JAX."""
+"""What moves blocks once everything about a transfer was checked; and how plain JAX does."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from jaxkv.errors import CacheMismatchError
 from jaxkv.host_pool import ADDRESS_UNIT_BYTES
 from jaxkv.records import GroupPages
 from jaxkv.shared_pool import AnyPool
-from jaxkv.transfer import ops, xla_ops
-from jaxkv.transfer.checks import Entries
+from jaxkv.transfer import xla_ops
+from jaxkv.transfer.checks import Entries, no_entries
 from jaxkv.transfer.status import make_status
-from jaxkv.transfer.targets import register_targets
 from jaxkv.transfer.ticket import Status
 
 Leaves = Sequence[jax.Array]
@@ -35,6 +33,13 @@ class PageMover(ABC):
     def restore(self, leaves: Leaves, entries: Entries) -> tuple[list[jax.Array], Status]:
         """Start copying blocks in. Consumes ``leaves``; returns the new ones and the status to come."""
 
+    @abstractmethod
+    def warm_up(self, leaves: Leaves, num_entries: int) -> list[jax.Array]:
+        """Compile every program that transfers padded to ``num_entries`` may run. Moves nothing.
+
+        Consumes ``leaves``; returns the same bytes.
+        """
+
 
 class TransferBackend(ABC):
     """Makes movers between the leaves of devices and one pool."""
@@ -49,59 +54,6 @@ class TransferBackend(ABC):
     @abstractmethod
     def mover(self, pages: GroupPages) -> PageMover:
         """A mover of ``pages``; it serves any device."""
-
-
-@final
-class CpuBackend(TransferBackend):
-    """One program per group and bucket: a custom call that copies all leaves, in place when it restores."""
-
-    restores_in_place = True
-
-    def __init__(self, pool: AnyPool) -> None:
-        register_targets()
-        self._pool = pool
-
-    def require_reachable(self, device: jax.Device) -> None:
-        """See ``TransferBackend``."""
-        if device.platform != "cpu":
-            raise CacheMismatchError(f"a cache leaf is on {device}, not on the CPU; use backend='xla'")
-
-    def mover(self, pages: GroupPages) -> PageMover:
-        """See ``TransferBackend``."""
-        return CpuMover(self._pool, pages)
-
-
-@final
-class CpuMover(PageMover):
-    """Compiled handlers, called by one read program and one write program."""
-
-    def __init__(self, pool: AnyPool, pages: GroupPages) -> None:
-        self._pool = pool
-        self._pages = pages
-        self._token = pool.token()
-        self.read_program = jax.jit(self._read)
-        self.write_program = jax.jit(self._write, donate_argnums=range(3, 3 + len(pages.leaves)))
-
-    def offload(self, leaves: Leaves, entries: Entries) -> Status:
-        """See ``PageMover``. Once this returns, XLA lets no donation overtake the read."""
-        status: jax.Array = self.read_program(self._token, entries.block_ids, entries.addresses, *leaves)
-        return status
-
-    def restore(self, leaves: Leaves, entries: Entries) -> tuple[list[jax.Array], Status]:
-        """See ``PageMover``."""
-        status, *written = self.write_program(self._token, entries.block_ids, entries.addresses, *leaves)
-        return written, status
-
-    def _read(
-        self, token: jax.Array, block_ids: jax.Array, addresses: jax.Array, *leaves: jax.Array
-    ) -> jax.Array:
-        return ops.read_blocks(self._pool, token, leaves, block_ids, addresses, self._pages)
-
-    def _write(
-        self, token: jax.Array, block_ids: jax.Array, addresses: jax.Array, *leaves: jax.Array
-    ) -> tuple[jax.Array, ...]:
-        _, status, written = ops.restore(self._pool, token, leaves, block_ids, addresses, self._pages)
-        return (status, *written)
 
 
 @final
@@ -152,6 +104,13 @@ class XlaMover(PageMover):
         written: Any
         written, status = self.write_program(staging, entries.block_ids, *leaves)
         return written, status
+
+    def warm_up(self, leaves: Leaves, num_entries: int) -> list[jax.Array]:
+        """See ``PageMover``."""
+        nothing = no_entries(num_entries)
+        self.offload(leaves, nothing)
+        written, _ = self.restore(leaves, nothing)
+        return written
 
     def _records(self, entries: Entries) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
         """The index and the place in the pool of every entry that is not skipped."""

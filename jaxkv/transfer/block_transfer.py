@@ -20,7 +20,7 @@ from jaxkv.keys import GroupId
 from jaxkv.records import GroupRecord
 from jaxkv.shared_pool import AnyPool
 from jaxkv.slots import Slot, Slots
-from jaxkv.transfer.backends import CpuBackend, TransferBackend, XlaBackend
+from jaxkv.transfer.backends import TransferBackend, XlaBackend
 from jaxkv.transfer.checks import (
     Entries,
     as_slots,
@@ -32,6 +32,7 @@ from jaxkv.transfer.checks import (
     check_slots_differ,
     make_entries,
 )
+from jaxkv.transfer.cpu import CpuBackend
 from jaxkv.transfer.movers import GroupMover, make_group_mover
 from jaxkv.transfer.ticket import Move, Ticket
 
@@ -189,16 +190,11 @@ class BlockTransfer:
         Consumes ``kv_caches`` and returns those to go on with, unchanged.
         """
         for group in map(GroupId, range(len(self.canonical.groups))):
-            count = 1
-            while count <= bucket_size(max_blocks):
-                record_bytes = self._record(group).record_bytes
-                entries = make_entries(
-                    np.full(count, -1, np.int32), np.zeros(count, np.int64), record_bytes, 1, 0
-                )
-                leaves = self._leaves(kv_caches, group)
-                self.movers[group].offload(leaves, entries)
-                kv_caches, _ = self._write(kv_caches, group, leaves, entries)
-                count = bucket_size(count) + 1
+            num_entries = bucket_size(1)
+            while num_entries <= bucket_size(max_blocks):
+                written = self.movers[group].warm_up(self._leaves(kv_caches, group), num_entries)
+                kv_caches = self.canonical.replace(kv_caches, group, list(written.values()))
+                num_entries = bucket_size(num_entries + 1)
         return kv_caches
 
     def settle(self) -> None:

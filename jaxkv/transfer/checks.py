@@ -133,3 +133,8 @@ def make_entries(
     bases = np.asarray(slot_addresses, np.int64)
     addresses[:count] = bases[chunk] + within * (record_bytes // ADDRESS_UNIT_BYTES)
     return Entries(ids, addresses, int(np.count_nonzero(block_ids >= 0)))
+
+
+def no_entries(num_entries: int) -> Entries:
+    """As many entries, all of them skipped."""
+    return Entries(np.full(num_entries, -1, np.int32), np.zeros(num_entries, np.int32), 0)

@@ -35,6 +35,10 @@ class GroupMover(ABC):
     ) -> tuple[dict[int, jax.Array], list[Move]]:
         """Start copying blocks in. Consumes ``leaves``; returns the new ones, by index."""
 
+    @abstractmethod
+    def warm_up(self, leaves: Mapping[int, jax.Array], num_entries: int) -> dict[int, jax.Array]:
+        """Compile what transfers padded to ``num_entries`` run. Consumes ``leaves``; returns them."""
+
 
 @final
 class OneDeviceMover(GroupMover):
@@ -58,6 +62,11 @@ class OneDeviceMover(GroupMover):
         written, status = self.mover.restore(given, entries)
         move = Move(status, entries.block_ids, self._pages.block_bytes, _count_alive(given))
         return dict(zip(self._pages.leaves, written, strict=True)), [move]
+
+    def warm_up(self, leaves: Mapping[int, jax.Array], num_entries: int) -> dict[int, jax.Array]:
+        """See ``GroupMover``."""
+        written = self.mover.warm_up(self._reachable(leaves), num_entries)
+        return dict(zip(self._pages.leaves, written, strict=True))
 
     def _reachable(self, leaves: Mapping[int, jax.Array]) -> list[jax.Array]:
         given = [leaves[index] for index in self._pages.leaves]
@@ -131,8 +140,7 @@ class MeshMover(GroupMover):
         with _waits_if_broken_off(moves):
             for station in self.stations:
                 mine = station.take_turn(entries)
-                # No entry at all is how programs are warmed up; then every one of them runs.
-                if mine.num_blocks or not entries.num_blocks:
+                if mine.num_blocks:
                     moves.append(station.move(station.mover.offload(station.leaves(parts), mine), mine))
         return moves
 
@@ -161,6 +169,15 @@ class MeshMover(GroupMover):
                 for index, leaf in zip(station.pages.leaves, written, strict=True):
                     parts[index][station.device_id] = leaf
         return _put_together(leaves, parts), moves
+
+    def warm_up(self, leaves: Mapping[int, jax.Array], num_entries: int) -> dict[int, jax.Array]:
+        """See ``GroupMover``."""
+        parts = {index: _take_apart(leaf) for index, leaf in leaves.items()}
+        for station in self.stations:
+            written = station.mover.warm_up(station.leaves(parts), num_entries)
+            for index, leaf in zip(station.pages.leaves, written, strict=True):
+                parts[index][station.device_id] = leaf
+        return _put_together(leaves, parts)
 
 
 @contextmanager
