@@ -24,6 +24,7 @@ using IdResult = ffi::ResultBufferR1<ffi::S32>;
 using ByteBuffer = ffi::BufferR2<ffi::U8>;
 using ByteResult = ffi::ResultBufferR2<ffi::U8>;
 using PlanRows = ffi::Span<const int64_t>;
+using Int32s = ffi::Span<const int32_t>;
 
 constexpr int64_t kAddressUnit = 512;
 
@@ -38,6 +39,8 @@ struct Geometry {
   int64_t clear_from;
   PlanRows plans;
 };
+
+Int32s Values(const IdBuffer& buffer) { return {buffer.typed_data(), buffer.element_count()}; }
 
 // FFI counts an element of less than a byte as a whole byte, while buffers hold them packed.
 int64_t BitWidth(ffi::DataType type) {
@@ -122,7 +125,7 @@ std::optional<std::vector<PagePlan>> ParsePlans(const Geometry& geometry, const 
 // What one call found out and will report.
 class Tally {
  public:
-  explicit Tally(const IdBuffer& ids) : ids_(ids) {}
+  explicit Tally(Int32s ids) : ids_(ids) {}
 
   // Every usable (block, record) pair. `record_of(j)` is the place of entry j's record, or null. An op that
   // writes leaves refuses repeats: two threads would write one page.
@@ -133,9 +136,9 @@ class Tally {
     for (const PagePlan& plan : plans) num_blocks = std::min(num_blocks, plan.num_blocks);
     std::vector<bool> seen(writes_leaves ? static_cast<size_t>(num_blocks) : 0);
     std::vector<BlockMove> moves;
-    moves.reserve(ids_.element_count());
-    for (size_t j = 0; j < ids_.element_count(); ++j) {
-      const int32_t block = ids_.typed_data()[j];
+    moves.reserve(ids_.size());
+    for (size_t j = 0; j < ids_.size(); ++j) {
+      const int32_t block = ids_[j];
       if (block == -1) continue;
       uint8_t* record = record_of(static_cast<int64_t>(j));
       if (block < 0 || block >= num_blocks) {
@@ -157,8 +160,8 @@ class Tally {
   void RefuseAll(StatusEntry reason) {
     counts_.fill(0);
     any_refused_ = false;
-    for (size_t j = 0; j < ids_.element_count(); ++j) {
-      if (ids_.typed_data()[j] != -1) Refuse(j, reason);
+    for (size_t j = 0; j < ids_.size(); ++j) {
+      if (ids_[j] != -1) Refuse(j, reason);
     }
   }
 
@@ -178,14 +181,14 @@ class Tally {
   }
 
   const std::chrono::steady_clock::time_point started_ = std::chrono::steady_clock::now();
-  const IdBuffer& ids_;
+  const Int32s ids_;
   std::array<int64_t, kStatusSize> counts_{};
   bool any_refused_ = false;
 };
 
 // Runs a copy and reports how it ended, also when memory for its bookkeeping was refused.
 template <typename Copy>
-void Report(const IdBuffer& ids, IdResult& status, const Copy& copy) {
+void Report(Int32s ids, IdResult& status, const Copy& copy) {
   Tally tally(ids);
   try {
     copy(tally);
@@ -195,33 +198,56 @@ void Report(const IdBuffer& ids, IdResult& status, const Copy& copy) {
   tally.WriteTo(status);
 }
 
+// What a pool op is given beside its leaves. Without a generation there is no pool.
+struct PoolCall {
+  int64_t pool_id;
+  Geometry geometry;
+  std::optional<int32_t> generation;
+  Int32s ids;
+  Int32s addresses;
+};
+
+std::optional<int32_t> First(Int32s values) {
+  return values.size() == 0 ? std::nullopt : std::optional<int32_t>(values[0]);
+}
+
+// The call of an op that takes all numbers as one array: generation, ids, addresses. JAX takes a microsecond
+// for every array of NumPy's that a program is given.
+PoolCall Unpack(int64_t pool_id, const Geometry& geometry, const IdBuffer& call) {
+  const Int32s values = Values(call);
+  const size_t n = values.size() == 0 ? 0 : (values.size() - 1) / 2;
+  return {pool_id, geometry, First(values), {values.begin() + 1, n}, {values.begin() + 1 + n, n}};
+}
+
 // Finds the record of each entry of a call in its pool. Keeps the memory alive while it lives.
 class PoolRecords {
  public:
-  PoolRecords(int64_t pool_id, const IdBuffer& token, const IdBuffer& addresses, int64_t record_bytes)
-      : addresses_(addresses), record_bytes_(record_bytes) {
-    if (token.element_count() < 1) return;
-    arena_ = PoolRegistry::Global().Find({pool_id, token.typed_data()[0]});
+  explicit PoolRecords(const PoolCall& call)
+      : addresses_(call.addresses), record_bytes_(call.geometry.record_bytes) {
+    if (!call.generation) return;
+    arena_ = PoolRegistry::Global().Find({call.pool_id, *call.generation});
     if (arena_ != nullptr && !arena_->owned_by_this_process()) arena_ = nullptr;
   }
 
   bool has_pool() const { return arena_ != nullptr; }
 
   uint8_t* operator()(int64_t j) const {
-    const int64_t offset = kAddressUnit * addresses_.typed_data()[j];
+    const int64_t offset = kAddressUnit * addresses_[static_cast<size_t>(j)];
     return arena_->Contains(offset, record_bytes_) ? arena_->data() + offset : nullptr;
   }
 
  private:
-  const IdBuffer& addresses_;
+  const Int32s addresses_;
   const int64_t record_bytes_;
   std::shared_ptr<Arena> arena_;
 };
 
 enum class Direction { kToPool, kFromPool };
 
-void MoveThroughPool(Direction direction, Tally& tally, const PoolRecords& records,
-                     std::optional<Leaves> leaves, const Geometry& geometry) {
+void MoveThroughPool(Direction direction, Tally& tally, const PoolCall& call, std::optional<Leaves> leaves) {
+  const auto& geometry = call.geometry;
+  if (call.addresses.size() != call.ids.size()) return tally.RefuseAll(kBadGeometry);
+  const PoolRecords records(call);
   if (!records.has_pool()) return tally.RefuseAll(kNoPool);
   auto plans = leaves ? ParsePlans(geometry, *leaves) : std::nullopt;
   if (!plans) return tally.RefuseAll(kBadGeometry);
@@ -231,17 +257,14 @@ void MoveThroughPool(Direction direction, Tally& tally, const PoolRecords& recor
   direction == Direction::kToPool ? copier.Gather(moves) : copier.Scatter(moves);
 }
 
-// Without results for the leaves, offload is a plain read and leaves them to their owner.
 ffi::Error Offload(int64_t pool_id, int64_t record_bytes, int64_t clear_from, PlanRows rows, IdBuffer ids,
                    IdBuffer addresses, IdBuffer token, ffi::RemainingArgs args, IdResult token_out,
                    IdResult status, ffi::RemainingRets results) {
-  const Geometry geometry{record_bytes, clear_from, rows};
   HandOnToken(token, token_out);
-  Report(ids, status, [&](Tally& tally) {
-    auto leaves = results.size() == 0 ? ReadLeaves(args) : HandOnLeaves(args, results);
-    if (addresses.element_count() != ids.element_count()) return tally.RefuseAll(kBadGeometry);
-    const PoolRecords records(pool_id, token, addresses, record_bytes);
-    MoveThroughPool(Direction::kToPool, tally, records, std::move(leaves), geometry);
+  const PoolCall call{
+      pool_id, {record_bytes, clear_from, rows}, First(Values(token)), Values(ids), Values(addresses)};
+  Report(call.ids, status, [&](Tally& tally) {
+    MoveThroughPool(Direction::kToPool, tally, call, HandOnLeaves(args, results));
   });
   return ffi::Error::Success();
 }
@@ -249,13 +272,30 @@ ffi::Error Offload(int64_t pool_id, int64_t record_bytes, int64_t clear_from, Pl
 ffi::Error Restore(int64_t pool_id, int64_t record_bytes, int64_t clear_from, PlanRows rows, IdBuffer ids,
                    IdBuffer addresses, IdBuffer token, ffi::RemainingArgs args, IdResult token_out,
                    IdResult status, ffi::RemainingRets results) {
-  const Geometry geometry{record_bytes, clear_from, rows};
   HandOnToken(token, token_out);
-  Report(ids, status, [&](Tally& tally) {
-    auto leaves = HandOnLeaves(args, results);
-    if (addresses.element_count() != ids.element_count()) return tally.RefuseAll(kBadGeometry);
-    const PoolRecords records(pool_id, token, addresses, record_bytes);
-    MoveThroughPool(Direction::kFromPool, tally, records, std::move(leaves), geometry);
+  const PoolCall call{
+      pool_id, {record_bytes, clear_from, rows}, First(Values(token)), Values(ids), Values(addresses)};
+  Report(call.ids, status, [&](Tally& tally) {
+    MoveThroughPool(Direction::kFromPool, tally, call, HandOnLeaves(args, results));
+  });
+  return ffi::Error::Success();
+}
+
+// Offload as a plain read: the leaves stay their owner's.
+ffi::Error ReadBlocks(int64_t pool_id, int64_t record_bytes, int64_t clear_from, PlanRows rows,
+                      IdBuffer numbers, ffi::RemainingArgs args, IdResult status) {
+  const PoolCall call = Unpack(pool_id, {record_bytes, clear_from, rows}, numbers);
+  Report(call.ids, status,
+         [&](Tally& tally) { MoveThroughPool(Direction::kToPool, tally, call, ReadLeaves(args)); });
+  return ffi::Error::Success();
+}
+
+ffi::Error WriteBlocks(int64_t pool_id, int64_t record_bytes, int64_t clear_from, PlanRows rows,
+                       IdBuffer numbers, ffi::RemainingArgs args, IdResult status,
+                       ffi::RemainingRets results) {
+  const PoolCall call = Unpack(pool_id, {record_bytes, clear_from, rows}, numbers);
+  Report(call.ids, status, [&](Tally& tally) {
+    MoveThroughPool(Direction::kFromPool, tally, call, HandOnLeaves(args, results));
   });
   return ffi::Error::Success();
 }
@@ -279,7 +319,7 @@ ffi::Error GatherPages(int64_t record_bytes, int64_t clear_from, PlanRows rows, 
   const Geometry geometry{record_bytes, clear_from, rows};
   // What is skipped or refused leaves zeros, never whatever the memory held before.
   std::memset(staging->typed_data(), 0, staging->element_count());
-  Report(ids, status, [&](Tally& tally) {
+  Report(Values(ids), status, [&](Tally& tally) {
     auto leaves = ReadLeaves(args);
     auto plans = leaves ? ParsePlans(geometry, *leaves) : std::nullopt;
     if (!plans) return tally.RefuseAll(kBadGeometry);
@@ -293,7 +333,7 @@ ffi::Error GatherPages(int64_t record_bytes, int64_t clear_from, PlanRows rows, 
 ffi::Error ScatterPages(int64_t record_bytes, int64_t clear_from, PlanRows rows, ByteBuffer staging,
                         IdBuffer ids, ffi::RemainingArgs args, IdResult status, ffi::RemainingRets results) {
   const Geometry geometry{record_bytes, clear_from, rows};
-  Report(ids, status, [&](Tally& tally) {
+  Report(Values(ids), status, [&](Tally& tally) {
     auto leaves = HandOnLeaves(args, results);
     auto plans = leaves ? ParsePlans(geometry, *leaves) : std::nullopt;
     if (!plans) return tally.RefuseAll(kBadGeometry);
@@ -304,12 +344,16 @@ ffi::Error ScatterPages(int64_t record_bytes, int64_t clear_from, PlanRows rows,
   return ffi::Error::Success();
 }
 
-auto BindPoolOp() {
+auto BindPool() {
   return ffi::Ffi::Bind()
       .Attr<int64_t>("pool_id")
       .Attr<int64_t>("record_bytes")
       .Attr<int64_t>("clear_from")
-      .Attr<PlanRows>("plans")
+      .Attr<PlanRows>("plans");
+}
+
+auto BindPoolOp() {
+  return BindPool()
       .Arg<IdBuffer>()  // block ids
       .Arg<IdBuffer>()  // addresses
       .Arg<IdBuffer>()  // token
@@ -326,6 +370,10 @@ auto BindPageOp() {
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(OffloadHandler, Offload, BindPoolOp());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ReadBlocksHandler, ReadBlocks,
+                              BindPool().Arg<IdBuffer>().RemainingArgs().Ret<IdBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(WriteBlocksHandler, WriteBlocks,
+                              BindPool().Arg<IdBuffer>().RemainingArgs().Ret<IdBuffer>().RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(RestoreHandler, Restore, BindPoolOp());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GatherPagesHandler, GatherPages,
                               BindPageOp().Arg<IdBuffer>().RemainingArgs().Ret<ByteBuffer>().Ret<IdBuffer>());

@@ -24,7 +24,9 @@ enum StatusEntry {
 XLA_FFI_DECLARE_HANDLER_SYMBOL(GatherPagesHandler);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(ScatterPagesHandler);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(OffloadHandler);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(ReadBlocksHandler);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(RestoreHandler);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(WriteBlocksHandler);
 
 }  // namespace jaxkv
 

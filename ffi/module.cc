@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "bench_module.h"
+#include "entries_module.h"
 #include "handlers.h"
 #include "index_module.h"
 #include "pool.h"
@@ -111,7 +112,9 @@ nb::dict FfiTargets() {
   targets["jaxkv_gather_pages"] = Target(GatherPagesHandler);
   targets["jaxkv_scatter_pages"] = Target(ScatterPagesHandler);
   targets["jaxkv_offload"] = Target(OffloadHandler);
+  targets["jaxkv_read_blocks"] = Target(ReadBlocksHandler);
   targets["jaxkv_restore"] = Target(RestoreHandler);
+  targets["jaxkv_write_blocks"] = Target(WriteBlocksHandler);
   return targets;
 }
 
@@ -149,6 +152,7 @@ NB_MODULE(_native, module) {
       .def_prop_ro("num_bytes", &ArenaHandle::num_bytes)
       .def_prop_ro("huge_pages", &ArenaHandle::huge_pages)
       .def_prop_ro("shared_fd", &ArenaHandle::shared_fd);
+  RegisterEntries(module);
   RegisterSlots(module);
   RegisterIndex(module);
   RegisterBench(module);

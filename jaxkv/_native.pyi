@@ -161,6 +161,24 @@ class ChunkIndex:
     def num_requests(self) -> int:
         """Requests that asked for something and have not ended."""
 
+def first_outside(block_ids: npt.NDArray[np.int64], num_blocks: int) -> int | None:
+    """The first index whose id is neither -1 nor below ``num_blocks``."""
+
+def first_repeated(values: npt.NDArray[np.int64]) -> int | None:
+    """The first index whose value stood before; negative values may."""
+
+def make_entries(
+    block_ids: npt.NDArray[np.int64],
+    chunk_addresses: npt.NDArray[np.int64],
+    layout: tuple[int, int, int],
+    generation: int,
+    num_entries: int,
+) -> tuple[npt.NDArray[np.int32], int]:
+    """The generation, ids padded with -1, addresses of their records padded with 0; how many ids are not -1.
+
+    ``layout`` is blocks of a chunk, the first block, address units of a record.
+    """
+
 def ffi_targets() -> dict[str, object]: ...
 def bench_memcpy(
     to: npt.NDArray[np.uint8],

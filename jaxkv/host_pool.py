@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Self, final
 
@@ -40,6 +41,7 @@ ADDRESS_UNIT_BYTES = SLOT_UNIT_BYTES
 MAX_CAPACITY_BYTES = ADDRESS_UNIT_BYTES * 2**31
 
 
+@cache
 def load_native() -> ModuleType:
     """The compiled extension. Raises ``NativeError`` if it is not there or does not load."""
     try:

@@ -32,6 +32,17 @@ class LeafPositions:
     unique: tuple[CacheLeaf, ...]
     unique_at: tuple[int, ...]
     of_layer: Mapping[str, tuple[int, ...]] = field(hash=False)
+    _first_at: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _spread: tuple[tuple[int, CacheLeaf], ...] = field(init=False, repr=False, compare=False)
+    """Positions of leaves that several devices hold."""
+    _seen_avals: list[Any] = field(init=False, repr=False, compare=False, default_factory=list)
+    """Shapes and dtypes at all positions, as they were last found right. Programs return the same objects."""
+
+    def __post_init__(self) -> None:
+        first_at = tuple(map(self.unique_at.index, range(len(self.unique))))
+        object.__setattr__(self, "_first_at", first_at)
+        at = enumerate(self.unique[index] for index in self.unique_at)
+        object.__setattr__(self, "_spread", tuple((p, leaf) for p, leaf in at if leaf.sharding is not None))
 
     def leaves_of(self, layer_name: str) -> list[CacheLeaf]:
         """The leaves of a layer under its name, also those that another layer uses too."""
@@ -42,36 +53,46 @@ class LeafPositions:
 
     def read(self, kv_caches: Mapping[str, Any]) -> list[jax.Array]:
         """The unique leaves of ``kv_caches``; raises if they are not shaped as registered or were deleted."""
-        found: dict[int, jax.Array] = {}
-        for leaf, index in zip(self._flatten(kv_caches), self.unique_at, strict=True):
-            known = self.unique[index]
-            # Every step runs this for every leaf, so the check is made here and explained elsewhere.
-            if not isinstance(leaf, jax.Array) or leaf.shape != known.shape or leaf.dtype != known.dtype:
-                raise _other_kind(leaf, known)
-            if known.sharding is not None:
-                _require_sharding(leaf, known, known.sharding)
-            first = found.setdefault(index, leaf)
-            if first is not leaf and not _same_buffer(first, leaf):
-                raise CacheMismatchError(
-                    f"{self.unique[index]} was registered in several places as one buffer, "
-                    "and now there are two; put the same array in all of them"
-                )
-        leaves = [found[index] for index in range(len(self.unique))]
+        flat = self._flatten(kv_caches)
+        self._require_kinds(flat)
+        leaves = [flat[position] for position in self._first_at]
+        if len(flat) > len(leaves):
+            self._require_one_buffer_each(flat)
         self._require_alive_and_distinct(leaves)
         return leaves
 
     def write(self, kv_caches: Mapping[str, Any], replacements: Mapping[int, jax.Array]) -> dict[str, Any]:
         """``kv_caches`` with unique leaf ``i`` replaced by ``replacements[i]`` wherever it stands."""
+        seen = self._seen_avals
         for index, leaf in replacements.items():
-            known = self.unique[index]
-            if not isinstance(leaf, jax.Array) or leaf.shape != known.shape or leaf.dtype != known.dtype:
-                raise _other_kind(leaf, known)
+            if not seen or getattr(leaf, "aval", None) is not seen[self._first_at[index]]:
+                _require_kind(leaf, self.unique[index])
         flat = [
             replacements.get(index, leaf)
             for leaf, index in zip(self._flatten(kv_caches), self.unique_at, strict=True)
         ]
         written: dict[str, Any] = jax.tree_util.tree_unflatten(self.treedef, flat)
         return written
+
+    def _require_kinds(self, flat: Sequence[Any]) -> None:
+        """Every step asks this of every leaf, and as a rule the answer was given in the step before."""
+        avals = [getattr(leaf, "aval", None) for leaf in flat]
+        if avals != self._seen_avals:
+            for leaf, index in zip(flat, self.unique_at, strict=True):
+                _require_kind(leaf, self.unique[index])
+            self._seen_avals[:] = avals
+        for position, known in self._spread:
+            assert known.sharding is not None
+            _require_sharding(flat[position], known, known.sharding)
+
+    def _require_one_buffer_each(self, flat: Sequence[jax.Array]) -> None:
+        for leaf, index in zip(flat, self.unique_at, strict=True):
+            first = flat[self._first_at[index]]
+            if first is not leaf and not _same_buffer(first, leaf):
+                raise CacheMismatchError(
+                    f"{self.unique[index]} was registered in several places as one buffer, "
+                    "and now there are two; put the same array in all of them"
+                )
 
     def _require_alive_and_distinct(self, leaves: Sequence[jax.Array]) -> None:
         if any(issubclass(kind, jax.core.Tracer) for kind in set(map(type, leaves))):
@@ -228,12 +249,13 @@ def _require_layers(kv_caches: Mapping[str, Any], expected: set[str]) -> None:
     )
 
 
-def _other_kind(leaf: Any, known: CacheLeaf) -> CacheMismatchError:
+def _require_kind(leaf: Any, known: CacheLeaf) -> None:
     if not isinstance(leaf, jax.Array):
-        return CacheMismatchError(f"{known.label} is a {type(leaf).__name__}; every leaf must be a jax.Array")
-    return CacheMismatchError(
-        f"{_describe(leaf, known.label)} was registered as {known}; register the new caches first"
-    )
+        raise CacheMismatchError(f"{known.label} is a {type(leaf).__name__}; every leaf must be a jax.Array")
+    if leaf.shape != known.shape or leaf.dtype != known.dtype:
+        raise CacheMismatchError(
+            f"{_describe(leaf, known.label)} was registered as {known}; register the new caches first"
+        )
 
 
 def _require_one_view(leaf: CacheLeaf, known: CacheLeaf) -> None:

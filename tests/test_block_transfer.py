@@ -23,8 +23,8 @@ from jaxkv.keys import GroupId
 from jaxkv.spec import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from jaxkv.testing import LAYOUT_CASES, LayoutCase, assert_same_caches, layout_case, numpy_copy
 from jaxkv.transfer import BlockTransfer, Ticket, block_transfer, ops
-from jaxkv.transfer.cpu import CpuMover
 from jaxkv.transfer.checks import make_entries
+from jaxkv.transfer.cpu import CpuMover
 from jaxkv.transfer.status import make_status
 from jaxkv.transfer.ticket import Move
 
@@ -147,16 +147,20 @@ def test_restore_writes_in_place_and_consumes_the_old_arrays(num_layers: int, po
     assert transfer.num_copied_leaves == 0
 
 
+def programs_of(mover: Any) -> list[Any]:
+    return [value for value in vars(mover).values() if hasattr(value, "_cache_size")]
+
+
 def test_the_compiled_programs_copy_no_whole_leaf(pool: HostPool) -> None:
     kv_caches, canonical = many_leaves(3)
     mover = CpuMover(pool, canonical.groups[0])
     leaves = canonical.group_leaves(kv_caches, GroupId(0))
-    ids = np.zeros(8, np.int32)
-    for program in (*mover.read_programs, *mover.write_programs):
-        text = program.lower(pool.token(), ids, ids, *leaves).compile().as_text()
+    for program in programs_of(mover):
+        text = program.lower(np.zeros(17, np.int32), *leaves).compile().as_text()
         assert "f32[16,4,4,8]" in text
         copies = [line for line in text.splitlines() if " copy" in line and "f32[" in line]
         assert not copies
+    ids = np.zeros(8, np.int32)
     undonated = jax.jit(lambda *xs: ops.restore(pool, xs[0], xs[3:], xs[1], xs[2], canonical.groups[0]))
     text = undonated.lower(pool.token(), ids, ids, *leaves).compile().as_text()
     assert any(" copy" in line and "f32[16,4,4,8]" in line for line in text.splitlines())
@@ -168,19 +172,14 @@ def test_other_ids_of_the_same_bucket_compile_nothing(backend: str, pool: HostPo
     kv_caches, _, transfer = set_up(case, pool, backend=backend)
     kv_caches = transfer.warm_up(kv_caches, max_blocks=10)
     mover = transfer.movers[0].mover
-    programs = (
-        (*mover.read_programs, *mover.write_programs)
-        if backend == "cpu"
-        else (mover.read_program, mover.write_program)
-    )
-    sizes = [program._cache_size() for program in programs]
+    sizes = [program._cache_size() for program in programs_of(mover)]
     assert max(sizes) == 2
     for seed in range(5):
         ids = np.random.default_rng(seed).permutation(11)[: 2 * seed + 2]
         with transfer.reserve(GroupId(0), len(ids)) as slots:
             transfer.offload(kv_caches, GroupId(0), ids.tolist(), slots)
             kv_caches, _ = transfer.restore(kv_caches, GroupId(0), ids, slots)
-    assert [program._cache_size() for program in programs] == sizes
+    assert [program._cache_size() for program in programs_of(mover)] == sizes
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -372,7 +371,8 @@ def test_a_pool_closed_between_check_and_copy_fails_the_transfer_and_not_the_cac
     expected = numpy_copy(kv_caches)
     doomed = HostPool(1 << 16)
     mover = CpuMover(doomed, canonical.groups[0])
-    entries = make_entries(np.arange(3, dtype=np.int32), [0, 8, 16], canonical.groups[0].record_bytes, 1, 0)
+    record_bytes, generation = canonical.groups[0].record_bytes, int(doomed.token()[0])
+    entries = make_entries(np.arange(3), np.array([0, 8, 16]), record_bytes, 1, 0, generation)
     doomed.close()
     leaves, status = mover.restore(canonical.group_leaves(kv_caches, GroupId(0)), entries)
     result = Ticket(GroupId(0), [Move(status, entries.block_ids, 1)], lambda _: None).wait()

@@ -258,7 +258,7 @@ def test_a_program_compiled_for_a_closed_pool_does_not_touch_the_pool_that_took_
 
 @pytest.mark.parametrize("token", [np.zeros(0, np.int32), np.zeros(2, np.int32), np.zeros((), np.int32)])
 def test_a_token_of_another_shape_is_an_error(token: np.ndarray, pool: HostPool) -> None:
-    for op in (offload, restore, ops.read_blocks):
+    for op in (offload, restore):
         with pytest.raises(BlockIdError, match="token must be int32 of shape"):
             op(pool, token, leaves_of(1), ids(0), ids(0), PAGES)
 

@@ -19,7 +19,7 @@ from jaxkv.errors import CacheMismatchError, ConfigError, NativeError
 from jaxkv.keys import GroupId
 from jaxkv.records import GroupRecord
 from jaxkv.shared_pool import AnyPool
-from jaxkv.slots import Slot, Slots
+from jaxkv.slots import Int64s, Slot, Slots
 from jaxkv.transfer.backends import TransferBackend, XlaBackend
 from jaxkv.transfer.checks import (
     Entries,
@@ -107,6 +107,7 @@ class BlockTransfer:
         self.blocks_per_chunk = blocks_per_chunk
         self.backend = make_backend(backend, pool)
         self.movers = _make_movers(self.backend, canonical, data_shard)
+        self._generation = int(pool.token()[0])
         self._lock = threading.Lock()
         self._under_way: set[Ticket] = set()
         self._num_copied_leaves = 0
@@ -150,14 +151,15 @@ class BlockTransfer:
         leaves = self._leaves(kv_caches, group)
         chunks = self._chunks(group, slots)
         check_slots_differ(chunks)
-        with self._pinned(group, block_ids, chunks, first_block) as entries:
+        ids = check_block_ids(block_ids, self._record(group).num_blocks)
+        with self._pinned(group, ids, chunks, first_block) as entries:
             moves = self.movers[group].offload(leaves, entries) if entries.num_blocks else []
         return self._start(group, chunks, moves)
 
     def prefetch(self, group: GroupId, slots: Sequence[Slot]) -> Ticket:
         """Start moving slots towards the device, ahead of ``restore``; nothing to do on the host platform."""
         chunks = self._chunks(group, slots)
-        with self._pinned(group, (), chunks, 0):
+        with self._pinned(group, np.zeros(0, np.int64), chunks, 0):
             pass  # On the host platform the slots are where they will be read.
         return self._start(group, chunks, [])
 
@@ -177,9 +179,10 @@ class BlockTransfer:
         """
         leaves = self._leaves(kv_caches, group)
         chunks = self._chunks(group, slots)
+        ids = check_block_ids(block_ids, self._record(group).num_blocks)
+        check_no_repeats(ids)
         moves: list[Move] = []
-        with self._pinned(group, block_ids, chunks, first_block) as entries:
-            check_no_repeats(entries.block_ids)
+        with self._pinned(group, ids, chunks, first_block) as entries:
             if entries.num_blocks:
                 kv_caches, moves = self._write(kv_caches, group, leaves, entries)
         return kv_caches, self._start(group, chunks, moves)
@@ -199,6 +202,8 @@ class BlockTransfer:
 
     def settle(self) -> None:
         """Let go of slots whose transfers have ended. Waits for nothing."""
+        if not self._under_way:
+            return
         with self._lock:
             under_way = list(self._under_way)
         for ticket in under_way:
@@ -213,7 +218,7 @@ class BlockTransfer:
 
     def _chunks(self, group: GroupId, slots: Sequence[Slot]) -> Slots:
         """Slots as they are now, as arrays; of a ``SlotLease`` those it holds."""
-        return as_slots(slots[:], self.chunk_bytes(group))
+        return as_slots(slots if isinstance(slots, Slots) else slots[:], self.chunk_bytes(group))
 
     def _leaves(self, kv_caches: KVCaches, group: GroupId) -> dict[int, jax.Array]:
         self._record(group)
@@ -226,18 +231,17 @@ class BlockTransfer:
         return dict(zip(self.canonical.groups[group].leaves, leaves, strict=True))
 
     @contextmanager
-    def _pinned(
-        self, group: GroupId, block_ids: ArrayLike, slots: Slots, first_block: int
-    ) -> Iterator[Entries]:
-        """Checks ids and slots, pins the slots and makes the arrays of one program. An error unpins them."""
-        record = self._record(group)
-        ids = check_block_ids(block_ids, record.num_blocks)
+    def _pinned(self, group: GroupId, ids: Int64s, slots: Slots, first_block: int) -> Iterator[Entries]:
+        """Checks the slots, pins them and makes what one program is given. An error unpins them."""
         check_first_block(first_block)
         check_enough_slots(slots, first_block + len(ids), self.blocks_per_chunk)
         self.settle()
         addresses = self.pool.pin(slots)
         try:
-            yield make_entries(ids, addresses, record.record_bytes, self.blocks_per_chunk, first_block)
+            record_bytes = self._record(group).record_bytes
+            yield make_entries(
+                ids, addresses, record_bytes, self.blocks_per_chunk, first_block, self._generation
+            )
         except BaseException:
             self.pool.unpin(slots)
             raise
@@ -256,10 +260,11 @@ class BlockTransfer:
 
     def _start(self, group: GroupId, slots: Slots, moves: Sequence[Move]) -> Ticket:
         ticket = Ticket(group, moves, partial(self._end, slots))
-        with self._lock:
-            self._under_way.add(ticket)
         if ticket.done():
             ticket.wait()
+            return ticket
+        with self._lock:
+            self._under_way.add(ticket)
         return ticket
 
     def _end(self, slots: Slots, ticket: Ticket) -> None:

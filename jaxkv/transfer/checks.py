@@ -12,20 +12,40 @@ import numpy.typing as npt
 from numpy.typing import ArrayLike
 
 from jaxkv.errors import BlockIdError, CacheMismatchError, SlotError
-from jaxkv.host_pool import ADDRESS_UNIT_BYTES
-from jaxkv.slots import Slot, Slots
+from jaxkv.host_pool import ADDRESS_UNIT_BYTES, load_native
+from jaxkv.slots import Int64s, Slot, Slots
 
 _SMALLEST_BUCKET = 8
+_MOST_BLOCKS = np.uint64(np.iinfo(np.int64).max)
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Entries:
-    """What one program is given: int32 block ids and pool addresses, padded with -1 and 0 to a bucket."""
+    """What one program is given, as one int32 array: the pool's generation, then block ids, then addresses.
 
-    block_ids: npt.NDArray[np.int32]
-    addresses: npt.NDArray[np.int32]
+    Ids and addresses are padded with -1 and 0 to a bucket. ``num_blocks`` ids are not -1.
+    """
+
+    numbers: npt.NDArray[np.int32]
     num_blocks: int
+
+    @property
+    def block_ids(self) -> npt.NDArray[np.int32]:
+        """-1 skips an entry."""
+        return self.numbers[1 : 1 + len(self.numbers) // 2]
+
+    @property
+    def addresses(self) -> npt.NDArray[np.int32]:
+        """Where the records of the entries lie in the pool, in units of 512 bytes."""
+        return self.numbers[1 + len(self.numbers) // 2 :]
+
+    def take_turn(self, turn: int, num_turns: int) -> Entries:
+        """Every ``num_turns``-th entry, the others skipped."""
+        numbers = self.numbers.copy()
+        mine = Entries(numbers, self.num_blocks).block_ids
+        mine[np.arange(len(mine)) % num_turns != turn] = -1
+        return Entries(numbers, int(np.count_nonzero(mine >= 0)))
 
 
 def bucket_size(count: int) -> int:
@@ -35,11 +55,6 @@ def bucket_size(count: int) -> int:
 
 def only_device(leaves: Sequence[jax.Array]) -> jax.Device:
     """The device that holds all ``leaves``; ``CacheMismatchError`` if there is not just one."""
-    if any(issubclass(kind, jax.core.Tracer) for kind in set(map(type, leaves))):
-        raise CacheMismatchError(
-            "a BlockTransfer moves concrete arrays and cannot be called inside jit; "
-            "use jaxkv.transfer.offload and restore there"
-        )
     devices: set[jax.Device] = set().union(*[leaf.sharding.device_set for leaf in leaves])
     if len(devices) != 1:
         raise CacheMismatchError(
@@ -49,33 +64,34 @@ def only_device(leaves: Sequence[jax.Array]) -> jax.Device:
     return devices.pop()
 
 
-def check_block_ids(block_ids: ArrayLike, num_blocks: int) -> npt.NDArray[np.int32]:
-    """``block_ids`` as int32, if every one is -1 or in ``range(num_blocks)``; else ``BlockIdError``."""
+def check_block_ids(block_ids: ArrayLike, num_blocks: int) -> Int64s:
+    """``block_ids`` as int64, if every one is -1 or in ``range(num_blocks)``; else ``BlockIdError``."""
     try:
-        ids = np.asarray(block_ids)
+        given = np.asarray(block_ids)
     except (TypeError, ValueError) as error:
         raise BlockIdError(f"block ids must be concrete whole numbers of shape (n,): {error}") from error
-    if ids.size == 0:
-        return np.zeros(0, np.int32)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+    if given.size == 0:
+        return np.zeros(0, np.int64)
+    if given.ndim != 1 or given.dtype.kind not in "iu":
         raise BlockIdError(
-            f"block ids must be whole numbers of shape (n,), got {ids.dtype} of shape {ids.shape}"
+            f"block ids must be whole numbers of shape (n,), got {given.dtype} of shape {given.shape}"
         )
-    outside = (ids < -1) | (ids >= num_blocks)
-    if outside.any():
-        at = int(np.flatnonzero(outside)[0])
+    if given.dtype == np.uint64:
+        given = np.minimum(given, _MOST_BLOCKS)
+    ids = np.ascontiguousarray(given, np.int64)
+    at = load_native().first_outside(ids, num_blocks)
+    if at is not None:
         raise BlockIdError(
             f"block_ids[{at}] is {ids[at]}, but the group has blocks 0 to {num_blocks - 1}; -1 skips an entry"
         )
-    return ids.astype(np.int32)
+    return ids
 
 
-def check_no_repeats(block_ids: npt.NDArray[np.int32]) -> None:
+def check_no_repeats(block_ids: Int64s) -> None:
     """Raises ``BlockIdError`` if a block is named twice: which bytes it should hold would be open."""
-    ids = np.sort(block_ids[block_ids >= 0])
-    repeated = np.flatnonzero(ids[1:] == ids[:-1])
-    if repeated.size:
-        raise BlockIdError(f"block {ids[repeated[0]]} is named twice in one restore; name each block once")
+    at = load_native().first_repeated(block_ids)
+    if at is not None:
+        raise BlockIdError(f"block {block_ids[at]} is named twice in one restore; name each block once")
 
 
 def check_first_block(first_block: int) -> None:
@@ -86,6 +102,8 @@ def check_first_block(first_block: int) -> None:
 
 def as_slots(slots: Sequence[Slot], slot_bytes: int) -> Slots:
     """``slots`` as arrays, if each is a chunk of ``slot_bytes``; else ``SlotError``."""
+    if isinstance(slots, Slots) and slots.num_bytes == slot_bytes:
+        return slots
     sizes = {slots.num_bytes} if isinstance(slots, Slots) else {slot.num_bytes for slot in slots}
     if slots and sizes != {slot_bytes}:
         wrong = next(slot for slot in slots if slot.num_bytes != slot_bytes)
@@ -108,33 +126,30 @@ def check_enough_slots(slots: Slots, num_entries: int, blocks_per_chunk: int) ->
 
 def check_slots_differ(slots: Slots) -> None:
     """Raises ``SlotError`` if a slot is named twice: two chunks would be written over each other."""
-    offsets = np.sort(slots.offsets)
-    if (offsets[1:] == offsets[:-1]).any():
+    if load_native().first_repeated(slots.offsets) is not None:
         raise SlotError("a slot is named twice in one offload; give each chunk a slot of its own")
 
 
 def make_entries(
-    block_ids: npt.NDArray[np.int32],
-    slot_addresses: ArrayLike,
+    block_ids: Int64s,
+    slot_addresses: Int64s,
     record_bytes: int,
     blocks_per_chunk: int,
     first_block: int,
+    generation: int,
 ) -> Entries:
-    """Pads checked block ids and finds the address of each entry's record.
+    """Pads checked block ids and finds the address of each entry's record in the pool of that ``generation``.
 
     Entry ``j`` is block ``first_block + j`` counted from the start of the first chunk; chunks hold
     ``blocks_per_chunk`` records one after another.
     """
-    count = len(block_ids)
-    ids = np.full(bucket_size(count), -1, np.int32)
-    ids[:count] = block_ids
-    chunk, within = np.divmod(first_block + np.arange(count), blocks_per_chunk)
-    addresses = np.zeros(len(ids), np.int32)
-    bases = np.asarray(slot_addresses, np.int64)
-    addresses[:count] = bases[chunk] + within * (record_bytes // ADDRESS_UNIT_BYTES)
-    return Entries(ids, addresses, int(np.count_nonzero(block_ids >= 0)))
+    layout = blocks_per_chunk, first_block, record_bytes // ADDRESS_UNIT_BYTES
+    num_entries = bucket_size(len(block_ids))
+    return Entries(*load_native().make_entries(block_ids, slot_addresses, layout, generation, num_entries))
 
 
 def no_entries(num_entries: int) -> Entries:
     """As many entries, all of them skipped."""
-    return Entries(np.full(num_entries, -1, np.int32), np.zeros(num_entries, np.int32), 0)
+    numbers = np.zeros(1 + 2 * num_entries, np.int32)
+    numbers[1 : 1 + num_entries] = -1
+    return Entries(numbers, 0)

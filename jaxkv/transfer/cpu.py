@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any, final
 
 import jax
@@ -18,8 +18,7 @@ from jaxkv.transfer.targets import register_targets
 from jaxkv.transfer.ticket import Status
 
 DETACHED_BYTES = 256 << 10
-"""Transfers of at least this many bytes leave the caller's thread. Below, the way there and back costs more
-than the copy."""
+"""Larger transfers leave the caller's thread. Below, the way there and back costs more than the copy."""
 
 
 @final
@@ -53,60 +52,58 @@ class CpuMover(PageMover):
     def __init__(self, pool: AnyPool, pages: GroupPages) -> None:
         self._pool = pool
         self._pages = pages
-        self._token = pool.token()
-        self._block_bytes = max(pages.block_bytes, 1)
-        leaves = range(3, 3 + len(pages.leaves))
-        self.read_programs = [jax.jit(partial(self._read, detached=flag)) for flag in (False, True)]
-        self.write_programs = [
-            jax.jit(partial(self._write, detached=flag), donate_argnums=leaves) for flag in (False, True)
-        ]
+        self._inline_blocks = DETACHED_BYTES // max(pages.block_bytes, 1)
+        leaves = range(1, 1 + len(pages.leaves))
+        self.inline_read = jax.jit(self._read)
+        self.inline_write = jax.jit(self._write, donate_argnums=leaves)
+        self.detached_read = jax.jit(_detached(self._read))
+        self.detached_write = jax.jit(_detached(self._write), donate_argnums=leaves)
 
     def offload(self, leaves: Leaves, entries: Entries) -> Status:
         """See ``PageMover``. Once this returns, XLA lets no donation overtake the read."""
-        program = self.read_programs[self._is_detached(entries.num_blocks)]
         status: jax.Array
-        status, *_ = program(self._token, entries.block_ids, entries.addresses, *leaves)
+        if entries.num_blocks <= self._inline_blocks:
+            status = self.inline_read(entries.numbers, *leaves)
+        else:
+            status, _ = self.detached_read(entries.numbers, *leaves)
         return status
 
     def restore(self, leaves: Leaves, entries: Entries) -> tuple[list[jax.Array], Status]:
         """See ``PageMover``."""
-        program = self.write_programs[self._is_detached(entries.num_blocks)]
-        status, written, *_ = program(self._token, entries.block_ids, entries.addresses, *leaves)
+        if entries.num_blocks <= self._inline_blocks:
+            status, written = self.inline_write(entries.numbers, *leaves)
+        else:
+            (status, written), _ = self.detached_write(entries.numbers, *leaves)
         return written, status
 
     def warm_up(self, leaves: Leaves, num_entries: int) -> list[jax.Array]:
         """See ``PageMover``."""
         nothing = no_entries(num_entries)
-        operands = self._token, nothing.block_ids, nothing.addresses
         written = list(leaves)
-        # Of the entries any number may be skipped, so one length may run both ways.
-        for detached in {self._is_detached(1), self._is_detached(num_entries)}:
-            self.read_programs[detached](*operands, *written)
-            _, written, *_ = self.write_programs[detached](*operands, *written)
+        # Of the entries any number may be skipped, so transfers of one length may run either way.
+        for num_blocks in (1, num_entries):
+            entries = Entries(nothing.numbers, num_blocks)
+            self.offload(written, entries)
+            written, _ = self.restore(written, entries)
         return written
 
-    def _is_detached(self, num_blocks: int) -> bool:
-        return num_blocks * self._block_bytes >= DETACHED_BYTES
+    def _read(self, numbers: jax.Array, *leaves: jax.Array) -> jax.Array:
+        return ops.read_blocks(self._pool, numbers, leaves, self._pages)
 
-    def _read(
-        self, token: jax.Array, block_ids: jax.Array, addresses: jax.Array, *leaves: jax.Array, detached: bool
-    ) -> tuple[Any, ...]:
-        status = ops.read_blocks(self._pool, token, leaves, block_ids, addresses, self._pages)
-        return (status, _reason_to_detach(block_ids)) if detached else (status,)
-
-    def _write(
-        self, token: jax.Array, block_ids: jax.Array, addresses: jax.Array, *leaves: jax.Array, detached: bool
-    ) -> tuple[Any, ...]:
-        _, status, written = ops.restore(self._pool, token, leaves, block_ids, addresses, self._pages)
-        return (status, written, _reason_to_detach(block_ids)) if detached else (status, written)
+    def _write(self, numbers: jax.Array, *leaves: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        return ops.write_blocks(self._pool, numbers, leaves, self._pages)
 
 
-def _reason_to_detach(block_ids: jax.Array) -> jax.Array:
-    """A product of two matrices of 8 x 8.
+def _detached(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with a product of two matrices of 8 x 8 beside its results.
 
     XLA's CPU client runs a program on the caller's thread if it takes less than 1,000 floating point
     operations, and it does not count what a custom call takes (``TfrtCpuClient``, ``cheap_computation_``).
     """
-    row = block_ids[:8].astype(jnp.float32)
-    matrix = row[:, None] * row[None, :]
-    return matrix @ matrix
+
+    def detached(numbers: jax.Array, *leaves: jax.Array) -> tuple[Any, jax.Array]:
+        row = numbers[:8].astype(jnp.float32)
+        matrix = row[:, None] * row[None, :]
+        return function(numbers, *leaves), matrix @ matrix
+
+    return detached

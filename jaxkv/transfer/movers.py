@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import final
 
 import jax
-import numpy as np
 
 from jaxkv.errors import ConfigError
 from jaxkv.records import GroupPages, GroupRecord
@@ -48,6 +47,7 @@ class OneDeviceMover(GroupMover):
         self._backend = backend
         self._pages = pages
         self.mover = backend.mover(pages)
+        self._seen_shardings: list[jax.sharding.Sharding] = []
 
     def offload(self, leaves: Mapping[int, jax.Array], entries: Entries) -> list[Move]:
         """See ``GroupMover``."""
@@ -70,7 +70,10 @@ class OneDeviceMover(GroupMover):
 
     def _reachable(self, leaves: Mapping[int, jax.Array]) -> list[jax.Array]:
         given = [leaves[index] for index in self._pages.leaves]
-        self._backend.require_reachable(only_device(given))
+        shardings = [leaf.sharding for leaf in given]
+        if shardings != self._seen_shardings:  # As a rule the same objects as the last time.
+            self._backend.require_reachable(only_device(given))
+            self._seen_shardings = shardings
         return given
 
 
@@ -87,11 +90,7 @@ class Station:
 
     def take_turn(self, entries: Entries) -> Entries:
         """The entries this device copies out: every one where it is the only holder."""
-        if self.num_turns == 1:
-            return entries
-        mine = np.arange(len(entries.block_ids)) % self.num_turns == self.turn
-        block_ids = np.where(mine, entries.block_ids, np.int32(-1))
-        return Entries(block_ids, entries.addresses, int(np.count_nonzero(block_ids >= 0)))
+        return entries if self.num_turns == 1 else entries.take_turn(self.turn, self.num_turns)
 
     def leaves(self, parts: Mapping[int, Mapping[int, jax.Array]]) -> list[jax.Array]:
         """Those of ``parts``, by leaf index and device, that it moves."""

@@ -27,7 +27,15 @@ from jaxkv.shared_pool import AnyPool
 from jaxkv.transfer.partitioned_ops import run_on_shards
 from jaxkv.transfer.shard_grid import OpCuts, ShardGrid, find_grid
 from jaxkv.transfer.status import STATUS_SIZE
-from jaxkv.transfer.targets import GATHER_PAGES, OFFLOAD, RESTORE, SCATTER_PAGES, register_targets
+from jaxkv.transfer.targets import (
+    GATHER_PAGES,
+    OFFLOAD,
+    READ_BLOCKS,
+    RESTORE,
+    SCATTER_PAGES,
+    WRITE_BLOCKS,
+    register_targets,
+)
 
 _struct: Any = jax.ShapeDtypeStruct  # jax does not annotate its constructor
 _STATUS = _struct((STATUS_SIZE,), jnp.int32)
@@ -79,9 +87,9 @@ def offload(
     ``addresses`` (int32, ``(n,)``) count units of 512 bytes, as ``pool.address`` does; a record takes
     ``pages.record_bytes``. The first token is ``pool.token()``. The pool is a constant of the trace.
     """
-    token_out, status, *written = _pool_call(OFFLOAD, pool, leaves, pages, hands_on=True)(
-        _as_ids(block_ids, "block_ids"), _as_ids(addresses, "addresses"), _as_token(token)
-    )
+    _require_one_device(leaves, pages)
+    operands = (_as_ids(block_ids, "block_ids"), _as_ids(addresses, "addresses"), _as_token(token))
+    token_out, status, *written = _pool_call(OFFLOAD, pool, operands, leaves, pages)
     return token_out, status, written
 
 
@@ -98,29 +106,35 @@ def restore(
     Arguments as for ``offload``. Donate the leaves to have them written in place. Of a repeated id the
     first counts.
     """
-    token_out, status, *written = _pool_call(RESTORE, pool, leaves, pages, hands_on=True)(
-        _as_ids(block_ids, "block_ids"), _as_ids(addresses, "addresses"), _as_token(token)
-    )
+    _require_one_device(leaves, pages)
+    operands = (_as_ids(block_ids, "block_ids"), _as_ids(addresses, "addresses"), _as_token(token))
+    token_out, status, *written = _pool_call(RESTORE, pool, operands, leaves, pages)
     return token_out, status, written
 
 
 def read_blocks(
-    pool: AnyPool,
-    token: ArrayLike,
-    leaves: Sequence[jax.Array],
-    block_ids: ArrayLike,
-    addresses: ArrayLike,
-    pages: GroupPages,
+    pool: AnyPool, numbers: jax.Array, leaves: Sequence[jax.Array], pages: GroupPages
 ) -> jax.Array:
-    """As ``offload``, but a plain read: returns the status alone, which must be used for it to happen.
+    """``offload`` as a plain read: returns the status alone, which must be used for it to happen.
 
     Leaves that are neither donated nor returned are not copied either, so this is the form for a program that
-    does nothing else.
+    does nothing else. ``numbers`` are those of ``Entries``.
     """
-    call = _pool_call(OFFLOAD, pool, leaves, pages, hands_on=False)
-    status: jax.Array
-    _, status = call(_as_ids(block_ids, "block_ids"), _as_ids(addresses, "addresses"), _as_token(token))
+    _require_one_device(leaves, pages)
+    (status,) = _call(READ_BLOCKS, (_STATUS,), (numbers, *leaves), pages, pool_id=np.int64(pool.pool_id))
     return status
+
+
+def write_blocks(
+    pool: AnyPool, numbers: jax.Array, leaves: Sequence[jax.Array], pages: GroupPages
+) -> tuple[jax.Array, list[jax.Array]]:
+    """``restore`` as ``read_blocks`` is ``offload``; returns ``(status, leaves)``."""
+    _require_one_device(leaves, pages)
+    aliases = {1 + i: 1 + i for i in range(len(leaves))}
+    results = (_STATUS, *_shapes(leaves))
+    operands = (numbers, *leaves)
+    status, *written = _call(WRITE_BLOCKS, results, operands, pages, aliases, pool_id=np.int64(pool.pool_id))
+    return status, written
 
 
 @partial(jax.jit, static_argnames="pages", inline=True)
@@ -165,19 +179,16 @@ def _scatter(
 
 
 def _pool_call(
-    target: str, pool: AnyPool, leaves: Sequence[jax.Array], pages: GroupPages, *, hands_on: bool
-) -> Any:
-    _require_leaves(leaves, pages)
-    if find_grid(leaves, pages).parts:
-        raise CacheMismatchError(
-            f"leaves of shapes {[leaf.shape for leaf in leaves]} are more than one device holds; use "
-            "BlockTransfer, or call the op under shard_map"
-        )
-    returned = _shapes(leaves) if hands_on else ()
-    aliases = {2: 0} | {3 + i: 2 + i for i in range(len(returned))}
-    results = (_struct((1,), jnp.int32), _STATUS, *returned)
-    pool_id = np.int64(pool.pool_id)
-    return lambda *operands: _call(target, results, (*operands, *leaves), pages, aliases, pool_id=pool_id)
+    target: str,
+    pool: AnyPool,
+    operands: tuple[jax.Array, jax.Array, jax.Array],
+    leaves: Sequence[jax.Array],
+    pages: GroupPages,
+) -> tuple[jax.Array, ...]:
+    """An op that hands on the token, the last of ``operands``, and the leaves."""
+    aliases = {2: 0} | {3 + i: 2 + i for i in range(len(leaves))}
+    results = (_struct((1,), jnp.int32), _STATUS, *_shapes(leaves))
+    return _call(target, results, (*operands, *leaves), pages, aliases, pool_id=np.int64(pool.pool_id))
 
 
 def _call(
@@ -223,6 +234,15 @@ def _require_leaves(leaves: Sequence[jax.Array], pages: GroupPages) -> None:
         raise CacheMismatchError(
             f"the group has {len(pages.leaves)} leaves, got {len(leaves)}; "
             "pass those of CanonicalKVCaches.group_leaves()"
+        )
+
+
+def _require_one_device(leaves: Sequence[jax.Array], pages: GroupPages) -> None:
+    _require_leaves(leaves, pages)
+    if find_grid(leaves, pages).parts:
+        raise CacheMismatchError(
+            f"leaves of shapes {[leaf.shape for leaf in leaves]} are more than one device holds; use "
+            "BlockTransfer, or call the op under shard_map"
         )
 
 

@@ -11,7 +11,9 @@ from jaxkv.host_pool import load_native
 GATHER_PAGES = "jaxkv_gather_pages"
 SCATTER_PAGES = "jaxkv_scatter_pages"
 OFFLOAD = "jaxkv_offload"
+READ_BLOCKS = "jaxkv_read_blocks"
 RESTORE = "jaxkv_restore"
+WRITE_BLOCKS = "jaxkv_write_blocks"
 
 _lock = threading.Lock()
 _registered = False

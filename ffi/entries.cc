@@ -1,0 +1,47 @@
+#include "entries.h"
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+namespace jaxkv {
+
+std::optional<size_t> FirstOutside(const int64_t* block_ids, size_t n, int64_t num_blocks) {
+  for (size_t j = 0; j < n; ++j) {
+    if (block_ids[j] < -1 || block_ids[j] >= num_blocks) return j;
+  }
+  return std::nullopt;
+}
+
+std::optional<size_t> FirstRepeated(const int64_t* values, size_t n) {
+  if (n < 2) return std::nullopt;
+  std::vector<std::pair<int64_t, size_t>> sorted(n);
+  for (size_t j = 0; j < n; ++j) sorted[j] = {values[j], j};
+  std::sort(sorted.begin(), sorted.end());
+  std::optional<size_t> first;
+  for (size_t j = 1; j < n; ++j) {
+    const auto [value, index] = sorted[j];
+    if (value < 0 || value != sorted[j - 1].first) continue;
+    if (!first || index < *first) first = index;
+  }
+  return first;
+}
+
+int64_t FillEntries(const int64_t* block_ids, size_t n, const int64_t* chunk_addresses, ChunkLayout layout,
+                    int32_t* ids_out, int32_t* addresses_out) {
+  int64_t num_blocks = 0;
+  int64_t chunk = layout.first_block / layout.blocks_per_chunk;
+  int64_t within = layout.first_block % layout.blocks_per_chunk;
+  for (size_t j = 0; j < n; ++j) {
+    ids_out[j] = static_cast<int32_t>(block_ids[j]);
+    addresses_out[j] = static_cast<int32_t>(chunk_addresses[chunk] + within * layout.record_units);
+    num_blocks += block_ids[j] != -1;
+    if (++within == layout.blocks_per_chunk) {
+      within = 0;
+      ++chunk;
+    }
+  }
+  return num_blocks;
+}
+
+}  // namespace jaxkv

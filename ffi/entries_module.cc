@@ -1,0 +1,66 @@
+// Python's view of entries: checks that arrays fit each other. Decides nothing.
+#include "entries_module.h"
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/tuple.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <utility>
+
+#include "entries.h"
+
+namespace nb = nanobind;
+
+namespace jaxkv {
+namespace {
+
+using Numbers = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Numbers32 = nb::ndarray<nb::numpy, int32_t, nb::ndim<1>>;
+
+std::optional<size_t> FindOutside(const Numbers& block_ids, int64_t num_blocks) {
+  return FirstOutside(block_ids.data(), block_ids.size(), num_blocks);
+}
+
+std::optional<size_t> FindRepeated(const Numbers& values) {
+  return FirstRepeated(values.data(), values.size());
+}
+
+std::pair<Numbers32, int64_t> MakeEntries(const Numbers& block_ids, const Numbers& chunk_addresses,
+                                          std::tuple<int64_t, int64_t, int64_t> layout, int32_t generation,
+                                          size_t num_entries) {
+  const auto [blocks_per_chunk, first_block, record_units] = layout;
+  const size_t n = block_ids.size();
+  if (n > num_entries || blocks_per_chunk < 1 || first_block < 0) {
+    throw nb::value_error("more blocks than entries, or chunks that hold none");
+  }
+  const auto per_chunk = static_cast<uint64_t>(blocks_per_chunk);
+  if ((static_cast<uint64_t>(first_block) + n + per_chunk - 1) / per_chunk > chunk_addresses.size()) {
+    throw nb::value_error("each entry needs a chunk");
+  }
+  const size_t size = 1 + 2 * num_entries;
+  auto owned = std::make_unique<int32_t[]>(size);
+  owned[0] = generation;
+  int32_t* ids = owned.get() + 1;
+  int32_t* addresses = ids + num_entries;
+  const int64_t num_blocks = FillEntries(block_ids.data(), n, chunk_addresses.data(),
+                                         {blocks_per_chunk, first_block, record_units}, ids, addresses);
+  std::fill(ids + n, addresses, -1);
+  nb::capsule owner(owned.get(), [](void* p) noexcept { delete[] static_cast<int32_t*>(p); });
+  return {Numbers32(owned.release(), {size}, owner), num_blocks};
+}
+
+}  // namespace
+
+void RegisterEntries(nb::module_& module) {
+  module.def("first_outside", &FindOutside, nb::arg("block_ids"), nb::arg("num_blocks"));
+  module.def("first_repeated", &FindRepeated, nb::arg("values"));
+  module.def("make_entries", &MakeEntries, nb::arg("block_ids"), nb::arg("chunk_addresses"),
+             nb::arg("layout"), nb::arg("generation"), nb::arg("num_entries"));
+}
+
+}  // namespace jaxkv
