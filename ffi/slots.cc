@@ -86,10 +86,18 @@ bool SlotPool::IsLive(SlotRef slot) const {
 std::optional<size_t> SlotPool::FirstNotLive(const SlotRef* slots, const int64_t* num_bytes, size_t n) const {
   const std::lock_guard lock(mutex_);
   for (size_t i = 0; i < n; ++i) {
-    const std::optional<Place> place = Find(slots[i]);
-    if (!IsLiveAt(place) || slabs_[place->slab].stride - At(*place).padding != num_bytes[i]) return i;
+    if (!HoldsAt(Find(slots[i]), num_bytes[i])) return i;
   }
   return std::nullopt;
+}
+
+bool SlotPool::PinOfSize(const SlotRef* slots, size_t n, int64_t num_bytes) {
+  const std::lock_guard lock(mutex_);
+  for (size_t i = 0; i < n; ++i) {
+    if (!HoldsAt(Find(slots[i]), num_bytes)) return false;
+  }
+  for (size_t i = 0; i < n; ++i) ++At(*Find(slots[i])).pins;
+  return true;
 }
 
 bool SlotPool::Pin(const SlotRef* slots, size_t n) {

@@ -71,6 +71,8 @@ class SlotPool {
   // Keeps the bytes of slots theirs until Unpin, even if they are freed. The same slot may be pinned several
   // times. False, and none is pinned, if one is not in use.
   bool Pin(const SlotRef* slots, size_t n);
+  // As Pin, for slots that were all reserved with `num_bytes`.
+  bool PinOfSize(const SlotRef* slots, size_t n, int64_t num_bytes);
   // Ends what Pin began. Throws std::logic_error for a slot that is not pinned.
   void Unpin(const SlotRef* slots, size_t n);
 
@@ -134,6 +136,9 @@ class SlotPool {
   // Where a slot lies that is in use, or freed and pinned.
   std::optional<Place> Find(SlotRef slot) const;
   bool IsLiveAt(const std::optional<Place>& place) const { return place && At(*place).state == State::kLive; }
+  bool HoldsAt(const std::optional<Place>& place, int64_t num_bytes) const {
+    return IsLiveAt(place) && slabs_[place->slab].stride - At(*place).padding == num_bytes;
+  }
   int64_t CountFree(int64_t stride) const;
   SlotRef Take(int64_t stride, int64_t slot_bytes, int64_t epoch);
   void Release(Place place);

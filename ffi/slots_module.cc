@@ -72,6 +72,16 @@ bool Pin(SlotPool& pool, const Numbers& offsets, const Numbers& epochs) {
   return pool.Pin(slots.data(), slots.size());
 }
 
+std::optional<NewNumbers> PinOfSize(SlotPool& pool, const Numbers& offsets, const Numbers& epochs,
+                                    int64_t num_bytes, int64_t unit_bytes) {
+  if (unit_bytes < 1) throw nb::value_error("an address needs a unit");
+  std::vector<int64_t> addresses(offsets.size());
+  for (size_t i = 0; i < addresses.size(); ++i) addresses[i] = offsets.data()[i] / unit_bytes;
+  const std::vector<SlotRef> slots = ToSlots(offsets, epochs);
+  if (!pool.PinOfSize(slots.data(), slots.size(), num_bytes)) return std::nullopt;
+  return ToNumpy(std::move(addresses));
+}
+
 void Unpin(SlotPool& pool, const Numbers& offsets, const Numbers& epochs) {
   const std::vector<SlotRef> slots = ToSlots(offsets, epochs);
   pool.Unpin(slots.data(), slots.size());
@@ -109,6 +119,8 @@ void RegisterSlots(nb::module_& module) {
       .def("reserve_many", &Reserve, nb::arg("slot_bytes"), nb::arg("num_slots"))
       .def("free", &Free, nb::arg("offsets"), nb::arg("epochs"))
       .def("pin", &Pin, nb::arg("offsets"), nb::arg("epochs"))
+      .def("pin_of_size", &PinOfSize, nb::arg("offsets"), nb::arg("epochs"), nb::arg("num_bytes"),
+           nb::arg("unit_bytes"))
       .def("unpin", &Unpin, nb::arg("offsets"), nb::arg("epochs"))
       .def("first_not_live", &FirstNotLive, nb::arg("offsets"), nb::arg("epochs"), nb::arg("num_bytes"))
       .def("list_live", &ListLive)

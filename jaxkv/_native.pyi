@@ -42,6 +42,15 @@ class SlotPool:
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None: ...
     def free(self, offsets: npt.NDArray[np.int64], epochs: npt.NDArray[np.int64]) -> bool: ...
     def pin(self, offsets: npt.NDArray[np.int64], epochs: npt.NDArray[np.int64]) -> bool: ...
+    def pin_of_size(
+        self,
+        offsets: npt.NDArray[np.int64],
+        epochs: npt.NDArray[np.int64],
+        num_bytes: int,
+        unit_bytes: int,
+    ) -> npt.NDArray[np.int64] | None:
+        """Pins slots all reserved with ``num_bytes`` and gives their addresses, or does nothing."""
+
     def unpin(self, offsets: npt.NDArray[np.int64], epochs: npt.NDArray[np.int64]) -> None: ...
     def first_not_live(
         self,

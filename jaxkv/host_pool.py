@@ -271,12 +271,21 @@ class HostPool:
         Raises ``SlotError`` and pins nothing if one of them is not a slot in use.
         """
         with self._usable():
+            if isinstance(slots, Slots):
+                addresses = self._slots.pin_of_size(
+                    slots.offsets, slots.epochs, slots.num_bytes, ADDRESS_UNIT_BYTES
+                )
+                if addresses is not None:
+                    return addresses
             offsets, _ = self._pin(slots)
         return offsets // ADDRESS_UNIT_BYTES
 
     def unpin(self, slots: Sequence[Slot]) -> None:
         """End what ``pin`` began. Allowed on a closed pool."""
-        offsets, epochs, _ = slot_columns(slots)
+        if isinstance(slots, Slots):
+            offsets, epochs = slots.offsets, slots.epochs
+        else:
+            offsets, epochs, _ = slot_columns(slots)
         _unpin(self._slots, self._creator, offsets, epochs)
 
     # -- inside the lock ----------------------------------------------------------------------------------

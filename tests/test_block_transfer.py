@@ -23,7 +23,7 @@ from jaxkv.keys import GroupId
 from jaxkv.spec import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from jaxkv.testing import LAYOUT_CASES, LayoutCase, assert_same_caches, layout_case, numpy_copy
 from jaxkv.transfer import BlockTransfer, Ticket, block_transfer, ops
-from jaxkv.transfer.checks import make_entries
+from jaxkv.transfer.checks import Entries, make_entries
 from jaxkv.transfer.cpu import CpuMover
 from jaxkv.transfer.status import make_status
 from jaxkv.transfer.ticket import Move
@@ -339,7 +339,7 @@ def test_a_transfer_of_many_slots_makes_an_object_of_none(
 def test_a_slot_freed_during_its_transfer_comes_back_when_the_ticket_ends(pool: HostPool) -> None:
     (slot,) = pool.reserve_slots(512, 1)
     pool.pin([slot])
-    move = Move(make_status(moved=1), np.zeros(1, np.int32), 8)
+    move = Move(make_status(moved=1), Entries(np.zeros(3, np.int32), 1), 8)
     ticket = Ticket(GroupId(0), [move], lambda _: pool.unpin([slot]))
     pool.free(slot)
     assert pool.used_bytes == 512
@@ -360,7 +360,8 @@ def test_a_slot_freed_during_its_transfer_comes_back_when_the_ticket_ends(pool: 
     ],
 )
 def test_a_ticket_reports_bytes_and_what_was_refused(status: np.ndarray, error: str | None) -> None:
-    move = Move(status, np.array([7, -1, 5, -1], np.int32), 100)
+    numbers = np.array([0, 7, -1, 5, -1, 0, 0, 0, 0], np.int32)
+    move = Move(status, Entries(numbers, 2), 100)
     result = Ticket(GroupId(3), [move], lambda _: None).wait()
     assert result.num_bytes == 100 * status[0]
     assert result.error == error
@@ -375,7 +376,7 @@ def test_a_pool_closed_between_check_and_copy_fails_the_transfer_and_not_the_cac
     entries = make_entries(np.arange(3), np.array([0, 8, 16]), record_bytes, 1, 0, generation)
     doomed.close()
     leaves, status = mover.restore(canonical.group_leaves(kv_caches, GroupId(0)), entries)
-    result = Ticket(GroupId(0), [Move(status, entries.block_ids, 1)], lambda _: None).wait()
+    result = Ticket(GroupId(0), [Move(status, entries, 1)], lambda _: None).wait()
     assert result.num_bytes == 0
     assert result.error == (
         "group 0: blocks refused: 3 x host pool closed, unknown or of another process; "

@@ -351,5 +351,6 @@ def test_a_refused_allocation_is_an_error_and_not_a_crash() -> None:
 def test_a_missing_extension_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jaxkv._native", None)
     monkeypatch.delattr("jaxkv._native", raising=False)
+    host_pool.load_native.cache_clear()
     with pytest.raises(NativeError, match=r"pip install \."):
         HostPool(4096)

@@ -52,7 +52,7 @@ class OneDeviceMover(GroupMover):
     def offload(self, leaves: Mapping[int, jax.Array], entries: Entries) -> list[Move]:
         """See ``GroupMover``."""
         given = self._reachable(leaves)
-        return [Move(self.mover.offload(given, entries), entries.block_ids, self._pages.block_bytes)]
+        return [Move(self.mover.offload(given, entries), entries, self._pages.block_bytes)]
 
     def restore(
         self, leaves: Mapping[int, jax.Array], entries: Entries
@@ -60,7 +60,7 @@ class OneDeviceMover(GroupMover):
         """See ``GroupMover``."""
         given = self._reachable(leaves)
         written, status = self.mover.restore(given, entries)
-        move = Move(status, entries.block_ids, self._pages.block_bytes, _count_alive(given))
+        move = Move(status, entries, self._pages.block_bytes, _count_alive(given))
         return dict(zip(self._pages.leaves, written, strict=True)), [move]
 
     def warm_up(self, leaves: Mapping[int, jax.Array], num_entries: int) -> dict[int, jax.Array]:
@@ -99,7 +99,7 @@ class Station:
     def move(self, status: Status, entries: Entries, num_copied_leaves: int = 0) -> Move:
         """What its program did, told with the device's number."""
         where = f"device {self.device_id}"
-        return Move(status, entries.block_ids, self.pages.block_bytes, num_copied_leaves, where)
+        return Move(status, entries, self.pages.block_bytes, num_copied_leaves, where)
 
 
 @final

@@ -47,8 +47,8 @@ def make_status(**counts: int) -> npt.NDArray[np.int32]:
 
 def explain_refusals(counts: Sequence[int], block_ids: npt.NDArray[np.int32]) -> str | None:
     """The refusals of a status (as a list) in words, or ``None`` if there were none."""
-    reasons = [f"{counts[entry]} x {text}" for entry, text in _REASONS.items() if counts[entry]]
-    if not reasons:
+    if not any(counts[entry] for entry in _REASONS):
         return None
+    reasons = [f"{counts[entry]} x {text}" for entry, text in _REASONS.items() if counts[entry]]
     first = counts[StatusEntry.FIRST_REFUSED]
     return f"blocks refused: {', '.join(reasons)}; the first is block_ids[{first}], block {block_ids[first]}"

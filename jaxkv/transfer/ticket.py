@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxkv.keys import GroupId
+from jaxkv.transfer.checks import Entries
 from jaxkv.transfer.status import StatusEntry, explain_refusals
 
 Status = jax.Array | npt.NDArray[np.int32]
@@ -30,14 +31,14 @@ class TransferResult:
 @final
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One program of a transfer: its status to come, the ids it was given, bytes of one of its blocks.
+    """One program of a transfer: its status to come, what it was given, bytes of one of its blocks.
 
     ``num_copied_leaves`` were given to be written in place and were copied. ``where`` names the device, where
     there are several.
     """
 
     status: Status
-    block_ids: npt.NDArray[np.int32]
+    entries: Entries
     block_bytes: int
     num_copied_leaves: int = 0
     where: str | None = None
@@ -53,8 +54,8 @@ class Move:
             counts = np.asarray(self.status).tolist()
         except Exception as error:  # Whatever XLA raises is how this program ended.
             return TransferResult(0, 0.0, self._tell(f"the program failed: {error}"))
-        moved, wanted = counts[StatusEntry.MOVED], int(np.count_nonzero(self.block_ids >= 0))
-        error_text = explain_refusals(counts, self.block_ids)
+        moved, wanted = counts[StatusEntry.MOVED], self.entries.num_blocks
+        error_text = explain_refusals(counts, self.entries.block_ids)
         if error_text is None and moved != wanted:
             error_text = f"{moved} blocks moved, {wanted} were asked for"
         return TransferResult(
@@ -65,6 +66,19 @@ class Move:
 
     def _tell(self, text: str) -> str:
         return text if self.where is None else f"{self.where}: {text}"
+
+
+def read_moves(group: GroupId, moves: Sequence[Move]) -> TransferResult:
+    """All programs of a transfer together. They run side by side, so the slowest says how long it took."""
+    results = [move.read() for move in moves]
+    errors = [result.error for result in results if result.error is not None]
+    if len(results) == 1 and not errors:
+        return results[0]
+    return TransferResult(
+        sum(result.num_bytes for result in results),
+        max((result.elapsed_s for result in results), default=0.0),
+        f"group {group}: {'; '.join(errors)}" if errors else None,
+    )
 
 
 @final
@@ -86,17 +100,7 @@ class Ticket:
         """The result, once the transfer has ended. A failed transfer is a result, not an exception."""
         with self._lock:
             if self._result is None:
-                self._result = self._read()
+                self._result = read_moves(self._group, self._moves)
                 self._moves = ()
                 self._on_end(self)
             return self._result
-
-    def _read(self) -> TransferResult:
-        """All programs together. They run side by side, so the slowest says how long it took."""
-        results = [move.read() for move in self._moves]
-        errors = [result.error for result in results if result.error is not None]
-        return TransferResult(
-            sum(result.num_bytes for result in results),
-            max((result.elapsed_s for result in results), default=0.0),
-            f"group {self._group}: {'; '.join(errors)}" if errors else None,
-        )
