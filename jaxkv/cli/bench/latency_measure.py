@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import cycle
@@ -127,7 +127,7 @@ class _Calls:
 
 @final
 class _Programs:
-    """Jitted programs of nothing but an op, as a caller's own: ids and addresses are on the device."""
+    """Jitted programs of nothing but an op, as those of ``BlockTransfer``: its numbers are on the device."""
 
     def __init__(self, shape: Shape, pool: HostPool) -> None:
         self._leaves: list[Any] = [fill(shape.leaf_shape) for _ in range(shape.num_leaves)]
@@ -135,29 +135,26 @@ class _Programs:
         self._pool = pool
         self._slots = pool.reserve_slots(canonical.records[GROUP].record_bytes, shape.num_blocks)
         self._pages = canonical.groups[GROUP]
-        self._token = jnp.asarray(pool.token())
+        (generation,) = pool.token()
         addresses = pool.pin(self._slots)
-        order = np.random.default_rng(1).permutation(shape.num_blocks).astype(np.int32)[:_MOST_BLOCKS]
-        arrays = [(jnp.array([block]), jnp.array([addresses[block]], jnp.int32)) for block in order]
-        self._pairs = cycle(arrays)
-        donated = range(3, 3 + shape.num_leaves)
+        order = np.random.default_rng(1).permutation(shape.num_blocks)[:_MOST_BLOCKS]
+        self._calls = cycle([jnp.array([generation, block, addresses[block]], jnp.int32) for block in order])
+        donated = range(1, 1 + shape.num_leaves)
         self._read = jax.jit(self._offload_op)
         self._write = jax.jit(self._restore_op, donate_argnums=donated)
-        self._look = jax.jit(lambda token, *_others: token + 1, keep_unused=True)
+        self._look = jax.jit(lambda numbers, *_others: numbers + 1, keep_unused=True)
         self._pass = jax.jit(
-            lambda token, _ids, _addresses, *leaves: (token + 1, *leaves),
-            donate_argnums=donated,
-            keep_unused=True,
+            lambda numbers, *leaves: (numbers + 1, leaves), donate_argnums=donated, keep_unused=True
         )
         self.choose()
 
     def choose(self) -> None:
         """The next block and its address."""
-        self._ids, self._addresses = next(self._pairs)
+        self._numbers = next(self._calls)
 
     def offload(self) -> None:
         """The op that reads."""
-        self._read(self._token, self._ids, self._addresses, *self._leaves).block_until_ready()
+        self._read(self._numbers, *self._leaves).block_until_ready()
 
     def restore(self) -> None:
         """The op that writes in place."""
@@ -165,7 +162,7 @@ class _Programs:
 
     def only_read(self) -> None:
         """The same arguments as ``offload``, and no op."""
-        self._look(self._token, self._ids, self._addresses, *self._leaves).block_until_ready()
+        self._look(self._numbers, *self._leaves).block_until_ready()
 
     def hand_on(self) -> None:
         """The same arguments and results as ``restore``, and no op."""
@@ -177,12 +174,11 @@ class _Programs:
         self._pool.free_slots(self._slots)
 
     def _run_in_place(self, program: Callable[..., Any]) -> None:
-        status, *self._leaves = program(self._token, self._ids, self._addresses, *self._leaves)
+        status, self._leaves = program(self._numbers, *self._leaves)
         status.block_until_ready()
 
-    def _offload_op(self, token: Any, ids: Any, addresses: Any, *leaves: Any) -> jax.Array:
-        return ops.read_blocks(self._pool, token, leaves, ids, addresses, self._pages)
+    def _offload_op(self, numbers: Any, *leaves: Any) -> jax.Array:
+        return ops.read_blocks(self._pool, numbers, leaves, self._pages)
 
-    def _restore_op(self, token: Any, ids: Any, addresses: Any, *leaves: Any) -> Sequence[jax.Array]:
-        _, status, written = ops.restore(self._pool, token, leaves, ids, addresses, self._pages)
-        return (status, *written)
+    def _restore_op(self, numbers: Any, *leaves: Any) -> tuple[jax.Array, list[jax.Array]]:
+        return ops.write_blocks(self._pool, numbers, leaves, self._pages)
