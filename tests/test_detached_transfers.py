@@ -1,0 +1,220 @@
+"""Transfers that run beside the caller: what they read and write, whatever the caller does meanwhile."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkv.canonical import CanonicalKVCaches, canonicalize
+from jaxkv.host_pool import HostPool
+from jaxkv.keys import GroupId
+from jaxkv.spec import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from jaxkv.testing import LAYOUT_CASES, LayoutCase, assert_same_caches, numpy_copy
+from jaxkv.transfer import BlockTransfer, cpu
+from jaxkv.transfer.cpu import DETACHED_BYTES, CpuMover
+
+GROUP = GroupId(0)
+NUM_BLOCKS = 64
+BLOCK_SHAPE = (2, 16, 4, 32)
+BLOCK_BYTES = 4 * 2 * 16 * 4 * 32
+
+
+@pytest.fixture
+def pool() -> Iterator[HostPool]:
+    with HostPool(64 << 20) as opened:
+        yield opened
+
+
+@pytest.fixture
+def all_detached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "DETACHED_BYTES", 0)
+
+
+def make_caches(num_layers: int = 3) -> tuple[dict[str, jax.Array], CanonicalKVCaches]:
+    names = tuple(f"layer.{i}" for i in range(num_layers))
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=4, head_size=32, dtype=np.dtype(np.float32))
+    keys = jax.random.split(jax.random.key(0), num_layers)
+    shape = (NUM_BLOCKS, *BLOCK_SHAPE)
+    caches = {name: jax.random.normal(key, shape) for name, key in zip(names, keys, strict=True)}
+    config = KVCacheConfig(groups=(KVCacheGroupSpec(names, spec, NUM_BLOCKS),))
+    return caches, canonicalize(caches, config)
+
+
+@pytest.mark.usefixtures("all_detached")
+@pytest.mark.parametrize("case", LAYOUT_CASES, ids=str)
+def test_every_layout_comes_back_byte_for_byte(case: LayoutCase, pool: HostPool) -> None:
+    kv_caches, target = case.build(1), case.build(2)
+    canonical = canonicalize(kv_caches, case.config, case.hints)
+    transfer = BlockTransfer(canonical, pool)
+    source, expected = numpy_copy(kv_caches), numpy_copy(target)
+    for group in map(GroupId, range(len(canonical.groups))):
+        ids = np.random.default_rng(1).permutation(canonical.groups[group].num_blocks)[:5]
+        with transfer.reserve(group, len(ids)) as slots:
+            transfer.offload(kv_caches, group, ids, slots)
+            target, _ = transfer.restore(target, group, ids[::-1], slots)
+            for block, place in zip(ids, ids[::-1], strict=True):
+                case.poke(expected, group, int(place), case.oracle(source, group, int(block)))
+    assert_same_caches(target, expected)
+    assert_same_caches(kv_caches, source)
+
+
+@pytest.mark.usefixtures("all_detached")
+@pytest.mark.parametrize("seed", range(2))
+def test_nothing_overtakes_a_transfer_in_a_loop_that_donates_its_caches(seed: int, pool: HostPool) -> None:
+    kv_caches, canonical = make_caches()
+    transfer = BlockTransfer(canonical, pool)
+    rng, expected = np.random.default_rng(seed), numpy_copy(kv_caches)
+    step = jax.jit(lambda caches: jax.tree.map(lambda leaf: leaf * 2 + 1, caches), donate_argnums=0)
+    held: dict[int, dict[str, np.ndarray]] = {}
+    slots = transfer.reserve(GROUP, 32).keep()
+    tickets = []
+    for _ in range(40):
+        count = int(rng.integers(1, 17))
+        blocks, places = rng.permutation(NUM_BLOCKS)[:count], rng.permutation(32)[:count]
+        if rng.random() < 0.5:
+            tickets.append(transfer.offload(kv_caches, GROUP, blocks, [slots[int(p)] for p in places]))
+            for block, place in zip(blocks, places, strict=True):
+                held[int(place)] = {name: leaf[block].copy() for name, leaf in expected.items()}
+        else:
+            known = [place for place in places.tolist() if place in held]
+            chosen = [slots[place] for place in known]
+            kv_caches, ticket = transfer.restore(kv_caches, GROUP, blocks[: len(known)], chosen)
+            tickets.append(ticket)
+            for block, place in zip(blocks, known, strict=False):
+                for name, leaf in expected.items():
+                    leaf[block] = held[place][name]
+        kv_caches = step(kv_caches)
+        expected = {name: leaf * 2 + 1 for name, leaf in expected.items()}
+    assert [ticket.wait().error for ticket in tickets] == [None] * len(tickets)
+    assert_same_caches(kv_caches, expected)
+    assert transfer.num_copied_leaves == 0
+    transfer.release(slots)
+
+
+def test_xla_counts_work_enough_to_take_large_transfers_off_the_callers_thread(pool: HostPool) -> None:
+    kv_caches, canonical = make_caches()
+    mover, leaves = CpuMover(pool, canonical.groups[GROUP]), list(kv_caches.values())
+    numbers = np.zeros(17, np.int32)
+    for program, detached in (
+        (mover.inline_read, False),
+        (mover.inline_write, False),
+        (mover.detached_read, True),
+        (mover.detached_write, True),
+    ):
+        cost = program.lower(numbers, *leaves).compile().cost_analysis()
+        assert (cost["flops"] >= 1000) == detached
+
+
+def test_large_transfers_are_under_way_when_the_call_returns(pool: HostPool) -> None:
+    kv_caches, canonical = make_caches()
+    transfer = BlockTransfer(canonical, pool)
+    assert NUM_BLOCKS * transfer.chunk_bytes(GROUP) > 8 * DETACHED_BYTES
+    blocks = np.arange(NUM_BLOCKS)
+    slots = transfer.reserve(GROUP, NUM_BLOCKS).keep()
+    kv_caches = transfer.warm_up(kv_caches, NUM_BLOCKS)
+    under_way = set()
+    for _ in range(200):  # One that ends at once says nothing: the machine may have been busy elsewhere.
+        ticket = transfer.offload(kv_caches, GROUP, blocks, slots)
+        under_way |= set() if ticket.done() else {"offload"}
+        ticket.wait()
+        kv_caches, ticket = transfer.restore(kv_caches, GROUP, blocks, slots)
+        under_way |= set() if ticket.done() else {"restore"}
+        ticket.wait()
+        if len(under_way) == 2:
+            break
+    assert under_way == {"offload", "restore"}
+    transfer.release(slots)
+
+
+@pytest.mark.usefixtures("all_detached")
+def test_slots_freed_under_way_are_given_to_nobody_before_the_transfer_has_ended(pool: HostPool) -> None:
+    kv_caches, canonical = make_caches()
+    transfer = BlockTransfer(canonical, pool)
+    gate = _late(kv_caches["layer.0"])
+    late = {**kv_caches, "layer.0": gate}
+    slots = transfer.reserve(GROUP, 4).keep()
+    ticket = transfer.offload(late, GROUP, range(4), slots)
+    was_done = ticket.done()
+    pool.free_slots(slots)
+    others = pool.reserve_slots(transfer.chunk_bytes(GROUP), 4)
+    if not was_done:
+        assert not set(others.offsets.tolist()) & set(slots.offsets.tolist())
+    assert ticket.wait().error is None
+    pool.free_slots(others)
+    assert pool.used_bytes == 0
+
+
+@pytest.mark.usefixtures("all_detached")
+def test_what_is_deleted_after_an_offload_was_read_before(pool: HostPool) -> None:
+    kv_caches, canonical = make_caches()
+    transfer = BlockTransfer(canonical, pool)
+    expected = numpy_copy(kv_caches)
+    with transfer.reserve(GROUP, NUM_BLOCKS) as slots:
+        ticket = transfer.offload(kv_caches, GROUP, range(NUM_BLOCKS), slots)
+        for leaf in kv_caches.values():
+            leaf.delete()
+        assert ticket.wait().error is None
+        for block in (0, 31, NUM_BLOCKS - 1):
+            pages = np.frombuffer(pool.view(slots[block]), np.float32).reshape(3, *BLOCK_SHAPE)
+            assert pages.tobytes() == np.stack([leaf[block] for leaf in expected.values()]).tobytes()
+
+
+@pytest.mark.usefixtures("all_detached")
+def test_a_pool_closed_under_way_fails_the_transfer_or_serves_it_and_spares_the_caches() -> None:
+    kv_caches, canonical = make_caches()
+    expected = numpy_copy(kv_caches)
+    for _ in range(10):
+        doomed = HostPool(8 << 20)
+        transfer = BlockTransfer(canonical, doomed)
+        slots = doomed.reserve_slots(transfer.chunk_bytes(GROUP), 8)
+        written = transfer.offload(kv_caches, GROUP, range(8), slots)
+        kv_caches, read = transfer.restore(kv_caches, GROUP, range(8), slots)
+        doomed._close_quietly()
+        for ticket in (written, read):
+            error = ticket.wait().error
+            assert error is None or "host pool closed" in error
+        if read.wait().error is None:
+            assert written.wait().error is None
+        assert_same_caches(kv_caches, expected)
+
+
+def test_a_process_may_end_with_transfers_under_way() -> None:
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from jaxkv.host_pool import HostPool
+from jaxkv.transfer import BlockTransfer
+from test_detached_transfers import GROUP, NUM_BLOCKS, make_caches
+kv_caches, canonical = make_caches(8)
+pool = HostPool(64 << 20)
+transfer = BlockTransfer(canonical, pool)
+slots = transfer.reserve(GROUP, NUM_BLOCKS).keep()
+for _ in range(3):
+    transfer.offload(kv_caches, GROUP, range(NUM_BLOCKS), slots)
+    kv_caches, ticket = transfer.restore(kv_caches, GROUP, range(NUM_BLOCKS), slots)
+print("started")
+"""
+    ended = subprocess.run(
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (0, "started\n"), ended.stderr
+
+
+def _late(leaf: jax.Array) -> Any:
+    """``leaf``, once a while has passed."""
+    matrix = jnp.ones((256, 256)) / 256
+
+    @jax.jit
+    def wait(leaf: jax.Array) -> jax.Array:
+        total = jax.lax.fori_loop(0, 50, lambda _, m: m @ matrix, matrix)
+        return leaf + 0 * total[0, 0]
+
+    return wait(leaf)
