@@ -134,6 +134,29 @@ def test_large_transfers_are_under_way_when_the_call_returns(pool: HostPool) -> 
     transfer.release(slots)
 
 
+@pytest.mark.parametrize("num_blocks", [1, NUM_BLOCKS])
+def test_profiles_name_every_transfer_and_its_program(
+    num_blocks: int, pool: HostPool, tmp_path: Path
+) -> None:
+    kv_caches, canonical = make_caches()
+    transfer = BlockTransfer(canonical, pool)
+    with transfer.reserve(GROUP, num_blocks) as slots, jax.profiler.trace(tmp_path):
+        transfer.offload(kv_caches, GROUP, range(num_blocks), slots)
+        kv_caches, ticket = transfer.restore(kv_caches, GROUP, range(num_blocks), slots)
+        ticket.wait()
+    (profile,) = tmp_path.rglob("*.xplane.pb")
+    events = [
+        (event.name, dict(event.stats))
+        for plane in jax.profiler.ProfileData.from_file(str(profile)).planes
+        for line in plane.lines
+        for event in line.events
+    ]
+    for name in ("jaxkv.offload", "jaxkv.restore"):
+        assert [stats for event, stats in events if event == name] == [{"group": 0, "num_blocks": num_blocks}]
+    modules = {stats.get("hlo_module") for _, stats in events}
+    assert {"jit_jaxkv_offload", "jit_jaxkv_restore"} <= modules
+
+
 @pytest.mark.usefixtures("all_detached")
 def test_slots_freed_under_way_are_given_to_nobody_before_the_transfer_has_ended(pool: HostPool) -> None:
     kv_caches, canonical = make_caches()

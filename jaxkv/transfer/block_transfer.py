@@ -153,7 +153,10 @@ class BlockTransfer:
         check_slots_differ(chunks)
         ids = check_block_ids(block_ids, self._record(group).num_blocks)
         with self._pinned(group, ids, chunks, first_block) as entries:
-            moves = self.movers[group].offload(leaves, entries) if entries.num_blocks else []
+            moves = []
+            if entries.num_blocks:
+                with _span("jaxkv.offload", group, entries):
+                    moves = self.movers[group].offload(leaves, entries)
         return self._start(group, chunks, moves)
 
     def prefetch(self, group: GroupId, slots: Sequence[Slot]) -> Ticket:
@@ -184,7 +187,8 @@ class BlockTransfer:
         moves: list[Move] = []
         with self._pinned(group, ids, chunks, first_block) as entries:
             if entries.num_blocks:
-                kv_caches, moves = self._write(kv_caches, group, leaves, entries)
+                with _span("jaxkv.restore", group, entries):
+                    kv_caches, moves = self._write(kv_caches, group, leaves, entries)
         return kv_caches, self._start(group, chunks, moves)
 
     def warm_up(self, kv_caches: KVCaches, max_blocks: int) -> KVCaches:
@@ -285,6 +289,11 @@ class BlockTransfer:
                 "(a NumPy or DLPack view does); drop it before restoring",
                 copied,
             )
+
+
+def _span(name: str, group: GroupId, entries: Entries) -> jax.profiler.TraceAnnotation:
+    """Names the start of a transfer in traces of ``jax.profiler``; the program has a name of its own."""
+    return jax.profiler.TraceAnnotation(name, group=group, num_blocks=entries.num_blocks)
 
 
 def make_backend(name: str, pool: AnyPool) -> TransferBackend:
