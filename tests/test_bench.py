@@ -16,6 +16,8 @@ from jaxkv.cli.bench.copy_measure import CopyFigures, CopyResult, CopySettings
 from jaxkv.cli.bench.memory_measure import MemoryFigures, MemorySettings, PeakResult, PoolResult
 from jaxkv.cli.bench.memory_report import print_memory
 from jaxkv.cli.bench.series import Contender, Measurement, Ratio, interleave
+from jaxkv.cli.bench.serve_model import StandInModel
+from jaxkv.cli.bench.serve_ttft import TtftSettings, compare_ttft, make_prompts
 from jaxkv.cli.main import main
 
 PNG = b"\x89PNG"
@@ -180,3 +182,32 @@ def test_memory_is_shown_in_tables():
     assert row == ["4", "2.000", "0.500", "0.500", "0.500", "0.4", "1.000", "yes", "0"]
     assert "no room here for a pool of 1048576 GiB" in text
     assert "unknown" in text
+
+
+def test_serve_benchmark_compares_decoding_and_prompts(capsys, tmp_path):
+    argv = ["--no-model", "--layers", "2", "--sequences", "2", "--prompts", "2", "--prompt-tokens", "64"]
+    rest = ["--step-ms", "1", "--repeats", "1", "--check", "--plot", str(tmp_path / "serve.png")]
+    status = main(["bench", "serve", *argv, *rest])
+    text = capsys.readouterr().out
+    rows = [line for line in text.splitlines() if line.startswith((" decode step of 2", " 2 prompts of 64,"))]
+    assert [row.split("  ")[0] for row in rows] == [
+        " decode step of 2, stored", " 2 prompts of 64, new ones", " 2 prompts of 64, again",
+    ]  # fmt: skip
+    ratio, _, _, at_least = map(float, rows[0].split()[-4:])
+    assert at_least == 0.98
+    assert status == (0 if ratio >= 0.975 else 1)
+    assert max(map(len, text.splitlines())) <= 80
+    assert (tmp_path / "serve.png").read_bytes().startswith(PNG)
+
+
+def test_first_tokens_are_timed_with_the_prefix_on_the_host():
+    """Rounds that store the prefix and load it first are not counted; every counted one is served by it."""
+    settings = TtftSettings(prefix_tokens=64, device_bytes=4 << 20, host_bytes=4 << 20, repeats=3)
+    prompts = make_prompts(lambda text: [ord(char) % 256 for char in text], settings)
+    assert len(prompts) == 5
+    assert len({tuple(prompt[:64]) for prompt in prompts}) == 1
+    assert len({tuple(prompt) for prompt in prompts}) == 5
+    found = compare_ttft(StandInModel(num_layers=2), prompts, settings, lambda line: None)
+    assert (len(found.off.seconds), len(found.on.seconds), found.at_least) == (3, 3, 20.0)
+    pairs = zip(found.off.seconds, found.on.seconds, strict=True)
+    assert found.ratio.values == tuple(off / on for off, on in pairs)

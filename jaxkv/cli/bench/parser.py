@@ -10,8 +10,16 @@ from jaxkv.cli.bench.latency_command import LatencyBench
 from jaxkv.cli.bench.memory_command import MemoryBench
 from jaxkv.cli.bench.retention_command import RetentionBench
 from jaxkv.cli.bench.scheduler_command import SchedulerBench
+from jaxkv.cli.bench.serve_command import ServeBench
 
-BENCHES: tuple[Bench, ...] = (CopyBench(), LatencyBench(), MemoryBench(), SchedulerBench(), RetentionBench())
+BENCHES: tuple[Bench, ...] = (
+    CopyBench(),
+    LatencyBench(),
+    ServeBench(),
+    MemoryBench(),
+    SchedulerBench(),
+    RetentionBench(),
+)
 
 
 def add_parser(commands: Any) -> None:
