@@ -23,16 +23,17 @@ bool HasAvx2() { return __builtin_cpu_supports("avx2"); }
 
 struct Choice {
   const CopyLoop* loop;
-  const char* refused;
+  std::optional<std::string> refused;
 };
 
 const Choice& ChoiceOfProcess() {
-  static const Choice choice = [] {
+  static const auto* choice = [] {
     const char* name = std::getenv("JAXKV_COPY");
+    if (name != nullptr && *name == '\0') name = nullptr;
     const CopyLoop* loop = FindCopyLoop(name);
-    return loop != nullptr ? Choice{loop, nullptr} : Choice{FindCopyLoop(nullptr), strdup(name)};
+    return loop != nullptr ? new Choice{loop, std::nullopt} : new Choice{FindCopyLoop(nullptr), name};
   }();
-  return choice;
+  return *choice;
 }
 
 }  // namespace
@@ -59,6 +60,6 @@ const CopyLoop* FindCopyLoop(const char* name) {
 
 const CopyLoop& ActiveCopyLoop() { return *ChoiceOfProcess().loop; }
 
-const char* RefusedCopyLoop() { return ChoiceOfProcess().refused; }
+const std::optional<std::string>& RefusedCopyLoop() { return ChoiceOfProcess().refused; }
 
 }  // namespace jaxkv

@@ -4,6 +4,8 @@
 #define JAXKV_COPY_LOOPS_H_
 
 #include <cstdint>
+#include <optional>
+#include <string>
 #include <vector>
 
 namespace jaxkv {
@@ -35,8 +37,8 @@ const CopyLoop* FindCopyLoop(const char* name);
 // first asked for, otherwise the first that runs here.
 const CopyLoop& ActiveCopyLoop();
 
-// What JAXKV_COPY names where that does not run here, otherwise null.
-const char* RefusedCopyLoop();
+// What JAXKV_COPY names, where that does not run here.
+const std::optional<std::string>& RefusedCopyLoop();
 
 // One per instruction set, each in a file of its own that is compiled for it.
 void CopyAvx512(const Run* runs, int64_t count, Stores stores);

@@ -23,6 +23,12 @@ constexpr int64_t kTurnBytes = 2 * kLineBytes;
 // Further ahead is not faster; much further is slower, because lines are dropped before they are used.
 constexpr int64_t kAheadBytes = 4 * kLineBytes;
 
+// Runs this short are over before a turn of all streams would pay: each is copied at once, while those
+// further on are requested. Measured as above, runs of 64, 128, 256 and 512 bytes: memcpy 3.0, 4.8, 5.4
+// and 7.1, as streams 4.7, 5.7, 8.7 and 11.1, at once 5.0, 6.3, 8.6 and 10.7 with less bookkeeping.
+constexpr int64_t kShortBytes = 256;
+constexpr int64_t kShortAhead = 8;
+
 // A run under way: whole lines, then fewer bytes than a line.
 struct Stream {
   uint8_t* to;
@@ -83,18 +89,34 @@ void CopyAbreast(int count, Stream* streams, const uint8_t* const* following, in
   }
 }
 
-// Copies what lies before the first whole line of the destination. False where no whole line is left; then
-// all is copied.
-inline bool Begin(const Run& run, Stream* stream) {
-  const int64_t head = -reinterpret_cast<intptr_t>(run.to) & (kLineBytes - 1);
-  if (run.num_bytes < head + kLineBytes) {
-    memcpy(run.to, run.from, static_cast<size_t>(run.num_bytes));
-    return false;
-  }
+// Copies what lies before the first whole line of the destination.
+inline Stream Begin(const Run& run) {
+  int64_t head = -reinterpret_cast<intptr_t>(run.to) & (kLineBytes - 1);
+  if (head > run.num_bytes) head = run.num_bytes;
   if (head > 0) memcpy(run.to, run.from, static_cast<size_t>(head));
   const int64_t tail = (run.num_bytes - head) & (kLineBytes - 1);
-  *stream = {run.to + head, run.from + head, run.num_bytes - head - tail, tail};
-  return true;
+  return {run.to + head, run.from + head, run.num_bytes - head - tail, tail};
+}
+
+inline void CopyTail(const Stream& stream) {
+  if (stream.tail_bytes > 0) memcpy(stream.to, stream.from, static_cast<size_t>(stream.tail_bytes));
+}
+
+template <typename Line, Stores kStores>
+inline void CopyShort(const Run& run) {
+  Stream stream = Begin(run);
+  for (; stream.line_bytes > 0; stream.line_bytes -= kLineBytes) {
+    CopyLine<Line, kStores>(stream.to, stream.from);
+    stream.to += kLineBytes;
+    stream.from += kLineBytes;
+  }
+  CopyTail(stream);
+}
+
+template <typename Line>
+inline void PrefetchShort(const Run& run) {
+  for (int64_t at = 0; at < run.num_bytes && at < kShortBytes; at += kLineBytes)
+    Line::Prefetch(run.from + at);
 }
 
 // Drops the streams that have no whole line left, with the bytes behind it copied. Returns how many remain.
@@ -103,8 +125,8 @@ inline int End(Stream* streams, int count) {
   for (int s = 0; s < count; ++s) {
     if (streams[s].line_bytes > 0) {
       streams[kept++] = streams[s];
-    } else if (streams[s].tail_bytes > 0) {
-      memcpy(streams[s].to, streams[s].from, static_cast<size_t>(streams[s].tail_bytes));
+    } else {
+      CopyTail(streams[s]);
     }
   }
   return kept;
@@ -115,7 +137,14 @@ void CopyRuns(const Run* runs, int64_t count) {
   Stream streams[kStreams];
   int active = 0;
   for (int64_t next = 0;;) {
-    while (active < kStreams && next < count) active += Begin(runs[next++], &streams[active]);
+    for (; active < kStreams && next < count; ++next) {
+      if (runs[next].num_bytes > kShortBytes) {
+        streams[active++] = Begin(runs[next]);
+      } else {
+        if (next + kShortAhead < count) PrefetchShort<Line>(runs[next + kShortAhead]);
+        CopyShort<Line, kStores>(runs[next]);
+      }
+    }
     if (active == 0) break;
     int64_t num_bytes = streams[0].line_bytes;
     for (int s = 1; s < active; ++s) {

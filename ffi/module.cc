@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "bench_module.h"
+#include "copy_loops.h"
 #include "entries_module.h"
 #include "handlers.h"
 #include "index_module.h"
@@ -25,6 +26,11 @@ namespace jaxkv {
 namespace {
 
 using Bytes = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>;
+
+class OptionError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
 
 class ForkedError : public std::runtime_error {
  public:
@@ -102,12 +108,25 @@ class ArenaHandle {
   std::optional<SharedFile> file_;  // Open while other processes may attach.
 };
 
+// The loop that copies pages. Copies go well by another one where JAXKV_COPY names what does not run here,
+// but whoever set it wants to know.
+std::string CopyLoopName() {
+  if (!RefusedCopyLoop()) return ActiveCopyLoop().name;
+  std::string known;
+  for (const CopyLoop& loop : CopyLoops()) {
+    if (loop.runs_here()) known += (known.empty() ? "" : ", ") + std::string(loop.name);
+  }
+  throw OptionError("JAXKV_COPY is \"" + *RefusedCopyLoop() + "\", but this machine copies by " + known +
+                    "; leave it unset for the fastest");
+}
+
 template <typename Handler>
 nb::capsule Target(Handler* handler) {
   return nb::capsule(reinterpret_cast<void*>(handler));
 }
 
 nb::dict FfiTargets() {
+  CopyLoopName();
   nb::dict targets;
   targets["jaxkv_gather_pages"] = Target(GatherPagesHandler);
   targets["jaxkv_scatter_pages"] = Target(ScatterPagesHandler);
@@ -133,6 +152,8 @@ void TranslateErrors(const std::exception_ptr& pointer, void*) {
     RaisePythonError("ConfigError", error);
   } catch (const SizeError& error) {
     RaisePythonError("ConfigError", error);
+  } catch (const OptionError& error) {
+    RaisePythonError("ConfigError", error);
   }
 }
 
@@ -157,6 +178,7 @@ NB_MODULE(_native, module) {
   RegisterIndex(module);
   RegisterBench(module);
   module.def("ffi_targets", &FfiTargets);
+  module.def("copy_loop", &CopyLoopName);
 }
 
 }  // namespace

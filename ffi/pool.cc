@@ -14,6 +14,7 @@
 #include <string>
 #include <utility>
 
+#include "numa.h"
 #include "thread_pool.h"
 
 #ifndef MADV_POPULATE_WRITE
@@ -174,12 +175,14 @@ SharedFile::SharedFile(SharedFile&& other) noexcept
 Arena::Arena(int64_t num_bytes) : num_bytes_(WholePages(num_bytes)), creator_(getpid()) {
   data_ = MapAligned(num_bytes_, PROT_READ | PROT_WRITE);
   huge_pages_ = AdviseHugePages(data_, num_bytes_);
+  InterleaveOverNodes(data_, num_bytes_);
   Populate();
 }
 
 Arena::Arena(const SharedFile& file) : num_bytes_(file.num_bytes()), creator_(getpid()) {
   data_ = MapFile(file);
   huge_pages_ = AdviseHugePages(data_, num_bytes_) && SharedMemoryHasHugePages();
+  InterleaveOverNodes(data_, num_bytes_);
   Populate();
 }
 

@@ -2,14 +2,15 @@
 #ifndef JAXKV_THREAD_POOL_H_
 #define JAXKV_THREAD_POOL_H_
 
+#include <sched.h>
 #include <sys/types.h>
 
-#include <condition_variable>
 #include <cstdint>
 #include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <vector>
 
 namespace jaxkv {
 
@@ -28,15 +29,18 @@ class ThreadPool {
 
  private:
   struct Job;
+  struct Worker;
 
-  explicit ThreadPool(int num_workers);
-  void Work();
+  ThreadPool();
+  void Work(Worker& self);
+  void Wake(int64_t most);
 
-  const int num_workers_;
+  cpu_set_t cpus_;  // those this process may use
+  int num_workers_ = 0;
   const pid_t pid_;
   std::mutex mutex_;
-  std::condition_variable has_jobs_;
   std::deque<std::shared_ptr<Job>> jobs_;
+  std::vector<Worker*> idle_;
 };
 
 }  // namespace jaxkv

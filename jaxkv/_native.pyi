@@ -198,3 +198,9 @@ def bench_memcpy(
     num_threads: int,
 ) -> None:
     """Copy runs between two arrays of bytes, one after another in each thread. For benchmarks."""
+
+def copy_loop() -> str:
+    """The loop that copies pages: ``avx512``, ``avx2``, ``neon`` or ``portable``.
+
+    Raises ``ConfigError`` if ``JAXKV_COPY`` names one that does not run here; so does ``ffi_targets``.
+    """

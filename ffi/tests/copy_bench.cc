@@ -116,6 +116,6 @@ int main() {
   for (const auto& [name, leaf] : leaves) {
     std::printf("leaf on %s pages of memory\n", name);
     for (int64_t page : {4 << 10, 16 << 10, 64 << 10, 256 << 10, 2 << 20}) Report(page, 1, leaf, pool.data());
-    for (int64_t run : {4096, 512, 128, 64}) Report(run, 8, leaf, pool.data());
+    for (int64_t run : {4096, 512, 256, 128, 64}) Report(run, 8, leaf, pool.data());
   }
 }

@@ -82,7 +82,7 @@ void CheckChoice() {
   assert(std::strcmp(FindCopyLoop("portable")->name, "portable") == 0);
   assert(FindCopyLoop("sse9") == nullptr);
   assert(FindCopyLoop("") == nullptr);
-  assert(FindCopyLoop(nullptr)->runs_here());
+  assert(FindCopyLoop(nullptr) == FindCopyLoop(FindCopyLoop(nullptr)->name));
   for (const CopyLoop& loop : jaxkv::CopyLoops()) {
     assert(FindCopyLoop(loop.name) == (loop.runs_here() ? &loop : nullptr));
   }

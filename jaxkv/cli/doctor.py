@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxkv.host_pool import HostPool
+from jaxkv.host_pool import HostPool, load_native
 
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -35,6 +35,7 @@ def run(_args: argparse.Namespace) -> int:
         "jax, jaxlib, numpy": f"{jax.__version__}, {version('jaxlib')}, {np.__version__}",
         "jax devices": ", ".join(str(device) for device in jax.devices()),
         "huge pages": _HUGE_PAGES.read_text().strip() if _HUGE_PAGES.exists() else "not on this system",
+        "copy loop": load_native().copy_loop(),
         "host pool": _try_pool(),
     }
     width = max(map(len, facts))
