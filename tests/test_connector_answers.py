@@ -21,7 +21,7 @@ from jaxkv.connector.events import EventLog
 from jaxkv.errors import ConfigError, RequestError
 from jaxkv.hash_chain import ChainRoot, HashChain
 from jaxkv.keys import KeyRun, KeyRuns
-from jaxkv.offload import OffloadingEvent
+from jaxkv.offload import LookupResult, OffloadingEvent, PrefixLookup
 from jaxkv.testing.fake_pool import FakePool
 from jaxkv.testing.fake_worker import FakeOffloadingSpec
 
@@ -80,6 +80,66 @@ def test_failures_of_several_workers_are_one_with_all_their_blocks_and_reasons()
     assert (aggregated.finished_recving, aggregated.failed_recving) == ({"r"}, {"r": joined})
 
 
+# -- waiting ----------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Time that passes when a test says so; a lookup takes half a second."""
+
+    def __init__(self):
+        self.now_s, self.lookups_s = 1000.0, 0.0
+
+    def monotonic(self):
+        return self.now_s
+
+    def perf_counter(self):
+        self.lookups_s += 0.5
+        return self.lookups_s
+
+
+@pytest.fixture
+def waiting(monkeypatch):
+    """A clock, what the backend answers at every lookup, and a question: what the host can supply."""
+    clock, loop = Clock(), Loop(config=make_config({"full": 1}))
+    monkeypatch.setattr("jaxkv.connector.loads.time", clock)
+    loop.serve("first", PROMPT)
+    second = loop.add("second", PROMPT)
+    answers = SimpleNamespace(worst=LookupResult.RETRY)
+    manager = loop.spec.get_manager()
+    manager.lookup_prefix = lambda keys, ctx: PrefixLookup(len(keys), answers.worst)
+    manager.lookup = lambda key, ctx: answers.worst
+
+    def ask_at(now_s, worst):
+        clock.now_s, answers.worst = 1000.0 + now_s, worst
+        return loop.connector.get_num_new_matched_tokens(second, 0)[0]
+
+    yield loop, ask_at
+    del manager.lookup_prefix, manager.lookup
+    loop.run()
+    loop.close()
+
+
+def test_backend_may_ask_for_ten_seconds_to_be_asked_again(waiting):
+    _, ask_at = waiting
+    assert ask_at(0, LookupResult.HIT_PENDING) is None
+    assert ask_at(8, LookupResult.RETRY) is None
+    assert ask_at(12, LookupResult.RETRY) is None
+    assert ask_at(18, LookupResult.RETRY) is None
+    assert ask_at(18.1, LookupResult.RETRY) == 0
+
+
+def test_wait_of_a_request_counts_from_its_first_question_to_the_answer(waiting):
+    loop, ask_at = waiting
+    before = loop.connector.get_stats()
+    for now_s in (1, 3, 4):
+        assert ask_at(now_s, LookupResult.HIT_PENDING) is None
+    assert ask_at(5, LookupResult.HIT) == 48
+    assert ask_at(7, LookupResult.HIT) == 48
+    after = loop.connector.get_stats()
+    assert (after.wait_seconds.num_values, after.wait_seconds.total) == (1, 4.0)
+    assert after.lookup_seconds.total - before.lookup_seconds.total == 5 * 0.5
+
+
 # -- the end of a request ---------------------------------------------------------------------------------
 
 
@@ -94,7 +154,8 @@ def test_request_of_a_model_of_one_group_is_finished_with_its_one_table():
     assert connector.request_finished(request, [1, 2]) == (False, None)
     assert ended == [(request, ([1, 2],))]
     del connector.request_finished_all_groups
-    assert connector.request_finished(request, [1, 2]) == (False, None)
+    for _ in range(2):
+        assert connector.request_finished(request, [1, 2]) == (False, None)
     connector.shutdown()
 
 
@@ -122,6 +183,7 @@ def test_step_should_end_where_the_request_leaves_a_shared_prefix():
     assert loop.connector.get_num_new_matched_tokens(second, 0) == (16, True)
     assert loop.connector.get_snapshot_boundaries(second) == (24, 48)
     assert loop.connector.get_snapshot_boundaries(LoopRequest("unknown", PROMPT)) == (48,)
+    assert loop.connector.get_snapshot_boundaries(LoopRequest("short", PROMPT[:4])) == ()
     loop.run()
     loop.close()
 

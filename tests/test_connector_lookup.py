@@ -153,7 +153,9 @@ def test_hit_of_the_device_inside_a_chunk_is_continued_by_a_tail_or_not_at_all(k
         presence = HostPresence(caches, question, manager, ctx, takes_retry_as_miss=False)
         return find_hit(caches, question, presence)
 
-    assert find(lookup, known=known).num_tokens == 0
+    nothing = find(lookup, known=known)
+    assert (nothing.num_tokens, nothing.branch_tokens) == (0, None)
+    assert find(lookup, known=known + 16).branch_tokens == 16
     assert (hit().num_tokens, hit().spans) == (0, ())
     tails.update(*(caches.tail_key(hashes, group, 6) for group in (FULL, WINDOW, STATE)))
     assert hit().boundary_tokens == 6

@@ -105,6 +105,17 @@ def test_the_last_step_of_a_request_is_stored_whoever_hears_of_its_end_first(fin
     loop.close()
 
 
+@pytest.mark.parametrize("lengths", [(6, 41), (41, 6)])
+@pytest.mark.parametrize("finishes_first", [False, True])
+def test_a_request_that_ends_in_a_step_costs_no_other_the_state_of_that_step(finishes_first, lengths):
+    loop = Loop(max_step_tokens=8)
+    loop.finishes_first = finishes_first
+    requests = {length: loop.add(f"{length}", [length, *PROMPT[:length]]) for length in lengths}
+    loop.run()
+    assert held(loop, requests[41], 2) == {8, 16, 24, 32, 40}
+    loop.close()
+
+
 @pytest.mark.parametrize("accepted", [0, 2])
 @pytest.mark.parametrize("finishes_first", [False, True])
 def test_rejected_tokens_of_the_last_step_are_not_stored_whoever_hears_of_its_end_first(

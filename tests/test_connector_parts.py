@@ -59,6 +59,51 @@ def test_failed_load_names_every_block_it_was_for_block_0_included_and_no_hole()
     assert worker.take_failed()["r"].blocks == ((1, 0), (1, 5))
 
 
+def test_shutdown_waits_for_jobs_that_have_not_ended_and_for_no_other():
+    backend, waited_for = FailingWorker(), []
+    backend.wait = waited_for.append
+    worker = OffloadingConnectorWorker(backend)
+    jobs = [TransferJob(number, "r", [], Nowhere()) for number in range(2)]
+    worker.submit_loads(OffloadingConnectorMetadata(loads=(jobs[0],)), {})
+    assert worker.take_received() == set()
+    worker.submit_loads(OffloadingConnectorMetadata(loads=(jobs[1],)), {})
+    worker.drain()
+    assert waited_for == [(1,)]
+    assert [result.job_id for result in worker.take_results()] == [0, 1]
+
+
+class FullWorker:
+    """Takes one job at a time; the next is an error until ``has_room`` is set."""
+
+    def __init__(self):
+        self.submitted, self.has_room = [], True
+
+    def submit_load(self, job, kv_caches):
+        if not self.has_room:
+            raise MemoryError
+        self.has_room = False
+        self.submitted.append(job.job_id)
+        return kv_caches
+
+    submit_store = submit_load
+
+
+@pytest.mark.parametrize("kind", ["stores", "loads"])
+def test_each_job_is_submitted_once_though_a_step_breaks_off_between_two_of_them(kind):
+    backend = FullWorker()
+    worker = OffloadingConnectorWorker(backend)
+    jobs = tuple(TransferJob(number, "r", [], Nowhere()) for number in range(3))
+    submit, metadata = getattr(worker, f"submit_{kind}"), OffloadingConnectorMetadata(**{kind: jobs})
+    for _ in jobs[:2]:
+        backend.has_room = True
+        with pytest.raises(MemoryError):
+            submit(metadata, {})
+    for _ in range(2):
+        backend.has_room = True
+        submit(metadata, {})
+    assert backend.submitted == [0, 1, 2]
+
+
 # -- spans ------------------------------------------------------------------------------------------------
 
 
@@ -103,6 +148,7 @@ def test_block_that_the_device_holds_is_not_loaded_into_where_its_chunk_is():
     loop.connector.update_state_after_alloc(second, [list(range(12))], 28)
     (job,) = loop.connector.build_connector_meta(SchedulerOutput()).loads
     assert [blocks.block_ids.tolist() for blocks in job.blocks] == [[-1, *range(5, 12)]]
+    assert loop.connector.get_stats().queried_tokens == 50 + 30
     loop.connector.shutdown()
 
 
@@ -147,13 +193,15 @@ def test_chunks_the_backend_holds_are_left_out_of_the_job_and_counted(blocks_per
 # -- counters ---------------------------------------------------------------------------------------------
 
 
-def test_hits_and_evictions_add_up():
+def test_queries_hits_and_evictions_add_up():
     metrics = Metrics(ChunkedCaches(hybrid_config(), 1))
     runs = KeyRuns([KeyRun(hashes_of(16), FULL, 0, 1, 3)])
     for _ in range(2):
+        metrics.queried(20)
         metrics.hit(12, runs)
         metrics.evicted(runs)
     stats = metrics.snapshot(None)
+    assert stats.queried_tokens == 40
     assert (stats.hit_tokens, stats.groups[0].hit_chunks, stats.groups[0].evicted_chunks) == (24, 6, 6)
 
 

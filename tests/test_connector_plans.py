@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 
 from jaxkv.connector.chunks import ChunkedCaches
 from jaxkv.connector.jobs import device_blocks
-from jaxkv.connector.request_state import Tail, Tenure
+from jaxkv.connector.request_params import RequestParams
+from jaxkv.connector.request_state import RequestState, Tail, Tenure
 from jaxkv.connector.retention import Boundaries, Retention
 from jaxkv.connector.spans import shrinking_prefixes
 from jaxkv.connector.store_plan import SkipReason, plan_stores
+from jaxkv.connector.tenures import StorePolicy, Tenures
 from jaxkv.keys import GroupId, get_offload_block_hash, get_offload_group
-from jaxkv.offload import ReqContext
+from jaxkv.offload import OffloadPolicy, ReqContext
 from jaxkv.spec import (
     ChunkedLocalAttentionSpec,
     KVCacheConfig,
@@ -97,8 +99,10 @@ def test_only_complete_chunks_within_the_limit_are_stored():
     }
 
 
-def test_chunk_whose_block_the_request_does_not_hold_is_skipped():
-    plan = plan_stores(CACHES, view([[10, None], [20, None], [None]], 0, 8))
+@pytest.mark.parametrize("boundaries", [every(8), Boundaries(Retention.of(CACHES, None))])
+@pytest.mark.parametrize("end", [[None], []])
+def test_chunk_whose_block_the_request_does_not_hold_is_skipped(boundaries, end):
+    plan = plan_stores(CACHES, view([[10, *end], [20, *end], end], 0, 8, boundaries=boundaries))
     assert stored(plan) == {(FULL, 0): (10,), (WINDOW, 0): (20,)}
     released = {SkipReason.RELEASED: 1}
     assert plan.skipped == skipped(full=released, window=released, state=released)
@@ -219,6 +223,20 @@ def make_tenure():
     )
 
 
+@pytest.mark.parametrize(("device_hit", "external", "complete"), [(8, 0, 8), (8, 16, 24), (100, 0, 99)])
+def test_stay_begins_with_what_is_there_less_the_last_token_which_is_computed_anyway(
+    device_hit, external, complete
+):
+    state = RequestState(
+        REQUEST, ReqContext("r"), RequestParams(), OffloadPolicy.CHUNK_LEVEL, device_hit_tokens=device_hit
+    )
+    tenures = Tenures(CACHES, StorePolicy())
+    state.tenure = tenures.begin(state, [[], [], []], external)
+    assert (state.tenure.previous_tokens, state.tenure.complete_tokens) == (complete, complete)
+    state.device_hit_tokens = None  # the load has landed, and the loop has not counted its tokens yet
+    assert tenures.begin(state, [[], [], []], 0).complete_tokens == complete
+
+
 def test_tokens_count_once_their_step_has_ended():
     tenure = make_tenure()
     tenure.add_blocks([[1], [2], [3]])
@@ -229,13 +247,16 @@ def test_tokens_count_once_their_step_has_ended():
     assert tenure.tables == [[1], [2], [3]]
 
 
-def test_tokens_count_when_the_loop_says_so_though_the_step_was_reported_before():
+@pytest.mark.parametrize("num_computed_tokens", [9, 10, 12])
+def test_tokens_count_when_the_loop_says_so_though_the_step_was_reported_before(num_computed_tokens):
+    """Of four drafted tokens one, two or all were accepted."""
     tenure = make_tenure()
     assert not tenure.end_step(4)
     assert (tenure.complete_tokens, tenure.unconfirmed_tokens) == (8, 4)
-    tenure.request.num_computed_tokens = 10  # of four drafted tokens two were accepted
+    tenure.request.num_computed_tokens = num_computed_tokens
     assert tenure.confirm()
-    assert (tenure.previous_tokens, tenure.complete_tokens, tenure.unconfirmed_tokens) == (8, 10, 0)
+    assert (tenure.previous_tokens, tenure.complete_tokens) == (8, num_computed_tokens)
+    assert tenure.unconfirmed_tokens == 0
 
 
 def test_drafted_tokens_that_were_rejected_do_not_count():
@@ -269,8 +290,10 @@ def test_state_inside_a_block_is_stored_only_until_the_next_step_writes_over_it(
 
 def test_job_names_no_group_of_which_it_moves_nothing():
     ids = np.array([3, 4], np.int32)
-    (blocks,) = device_blocks({FULL: ids, WINDOW: ids[:0]})
-    assert (blocks.group, blocks.block_ids.tolist()) == (FULL, [3, 4])
+    for block_ids in (ids, ids.tolist()):
+        (blocks,) = device_blocks({FULL: block_ids, WINDOW: block_ids[:0]})
+        assert (blocks.group, blocks.block_ids.tolist()) == (FULL, [3, 4])
+        assert blocks.block_ids.dtype == np.int32
 
 
 def test_states_handed_over_behind_the_limit_are_not_stored():

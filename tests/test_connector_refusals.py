@@ -2,7 +2,7 @@
 
 from connector_loop import BLOCK, STATE_BLOCK, Loop, expected_output
 from loop_model import make_config
-from loop_tools import held, key_of, no_room, skipped
+from loop_tools import held, key_of, no_room, preempt_in_step, skipped
 
 from jaxkv.offload import StepStoreOutput
 from jaxkv.testing.leaks import assert_no_leaks
@@ -104,19 +104,53 @@ def test_tail_that_was_taken_of_a_refused_plan_is_not_offered_again():
     with no_room(loop):
         while first.num_computed_tokens < 40:
             loop.step()
-    taken = take_at_most(loop, 5)
+    taken, before = take_at_most(loop, 5), skipped(loop, 0)["refused"]
     loop.step()
     assert taken == [key_of(loop, first, 0, end) for end in (4, 8, 12, 16, 14)]
+    assert skipped(loop, 0)["refused"] == before + 6
     loop.run()
     assert len(taken) == len(set(taken))
     loop.close()
 
 
 def test_each_request_of_a_step_stores_what_there_is_room_for_where_all_were_refused_together():
+    def refuse(offers):
+        assert offers, "a backend is asked where there is something to store"
+        return StepStoreOutput([None] * len(offers), None, ())
+
     loop = Loop(max_step_tokens=32)
-    loop.spec.get_manager().prepare_stores = lambda offers: StepStoreOutput([None] * len(offers), None, ())
+    loop.spec.get_manager().prepare_stores = refuse
     requests = [loop.add(str(index), [index, *PROMPT]) for index in range(3)]
     loop.run()
     for request in requests:
         assert 16 in held(loop, request, 0), "half of a step of 32 tokens"
+    loop.close()
+
+
+def test_what_was_refused_of_a_request_that_is_over_is_given_up():
+    loop = Loop(max_step_tokens=64)
+    first = loop.add("first", PROMPT)
+    with no_room(loop):
+        loop.run()
+    for _ in range(2):
+        loop.step()
+    assert held(loop, first, 0) == set()
+    loop.close()
+
+
+def test_what_was_refused_of_a_request_that_was_preempted_is_given_up():
+    """Its blocks are others' by the time there is room."""
+    loop = Loop(max_step_tokens=64)
+    first = loop.add("first", PROMPT, 4)
+    with no_room(loop):
+        loop.step()
+        loop.step()
+        preempt_in_step(loop, first)
+    loop.waiting.remove(first)
+    loop.serve("other", PROMPT[::-1])
+    assert held(loop, first, 0) == set()
+    loop.waiting.append(first)
+    loop.run()
+    assert loop.serve("second", PROMPT, 3).host_hits == [HIT]
+    assert loop.outputs["second"] == expected_output(PROMPT, 3)
     loop.close()

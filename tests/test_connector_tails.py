@@ -58,6 +58,14 @@ def test_the_cut_block_is_continued_and_then_stored_whole():
     loop.close()
 
 
+def test_a_tail_that_was_loaded_is_not_offered_again():
+    loop = Loop(config=make_config(PLAIN, tokens_per_hash=2))
+    loop.serve("first", PROMPT[:47])
+    assert loop.serve("second", PROMPT[:47]).host_hits == [46]
+    assert [skipped(loop, group).get("held", 0) for group in (0, 1)] == [0, 0]
+    loop.close()
+
+
 def test_a_tail_is_kept_beside_the_whole_chunk_that_begins_alike():
     """Prompts of 46 and 50 tokens: the chunk of tokens 44 to 47, once cut at 46 and once whole."""
     loop = Loop(config=make_config(PLAIN, tokens_per_hash=2))

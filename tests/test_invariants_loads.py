@@ -77,6 +77,7 @@ def test_invariant_05_a_load_that_no_worker_saw_frees_its_blocks_at_once():
     loop.release(loop.loading.pop("second"))
     metadata = loop.connector.build_connector_meta(SchedulerOutput())
     assert metadata.loads == ()
+    assert loop.serve("third", PROMPT).host_hits == [48], "and costs no chunk"
     loop.close()
 
 

@@ -8,7 +8,7 @@ from jaxkv.connector.chunks import ChunkedCaches
 from jaxkv.connector.request_state import Tail, Tenure
 from jaxkv.connector.retention import Boundaries, Retention
 from jaxkv.connector.spans import unread_at_ends, whole_span
-from jaxkv.connector.store_plan import SkipReason, plan_stores
+from jaxkv.connector.store_plan import SkipReason, next_due_tokens, plan_stores
 from jaxkv.keys import GroupId
 from jaxkv.offload import ReqContext
 from jaxkv.spec import KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
@@ -19,20 +19,23 @@ CACHES = ChunkedCaches(hybrid_config(), 1)
 TABLES = ([*range(10, 30)], [*range(40, 60)], [*range(70, 80)])
 
 
-def plan(complete, *, caches=CACHES, tables=TABLES, interval=8, next_chunk=(0, 0, 0), first=None, **stay):
-    tenure = Tenure(
+def make_stay(complete, *, caches=CACHES, tables=TABLES, interval=8, next_chunk=(0, 0, 0), **stay):
+    return Tenure(
         REQUEST,
         ReqContext("r"),
         [list(table) for table in tables],
         complete_tokens=complete,
         previous_tokens=stay.pop("previous", complete),
-        first_chunk=list(first or [0] * caches.num_groups),
+        first_chunk=list(stay.pop("first", [0] * caches.num_groups)),
         next_chunk=list(next_chunk),
-        limit_tokens=None,
+        limit_tokens=stay.pop("limit", None),
         boundaries=Boundaries(Retention(interval, (False,) * caches.num_groups), stay.pop("points", ())),
         **stay,
     )
-    return plan_stores(caches, tenure)
+
+
+def plan(complete, *, caches=CACHES, **stay):
+    return plan_stores(caches, make_stay(complete, caches=caches, **stay))
 
 
 def stored(found):
@@ -50,6 +53,14 @@ def test_end_of_a_request_stores_what_only_a_hit_there_needs():
     assert stored(found) == {(WINDOW, 4): 44, (STATE, 2): 72}
     assert found.skipped == {}
     assert found.next_chunk == [6, 6, 3]
+
+
+def test_end_of_a_request_is_the_last_boundary_at_which_a_drafter_has_names_too():
+    """Of 30 tokens 28 have links; the drafter's chunk at 28 would need the one at 32. A hit ends at 24."""
+    caches = ChunkedCaches(make_config({"full": 1, "window": 1}, drafter="window"), 1)
+    stay = {"previous": 24, "next_chunk": (7, 6), "has_ended": True}
+    found = plan(30, caches=caches, tables=TABLES[:2], interval=None, **stay)
+    assert stored(found) == {(WINDOW, chunk): 40 + chunk for chunk in (3, 4, 5)}
 
 
 def test_end_of_a_request_stores_nothing_before_its_first_chunk():
@@ -100,3 +111,21 @@ def test_window_of_one_token_keeps_no_chunk():
     spec = SlidingWindowSpec(BLOCK, 1, 1, np.int64, 1)
     caches = ChunkedCaches(KVCacheConfig((KVCacheGroupSpec(("a",), spec, 9),)), 1)
     assert stored(plan(16, caches=caches, tables=([1, 2, 3, 4],), interval=4, next_chunk=(0,))) == {}
+
+
+@pytest.mark.parametrize(
+    ("drafter", "limit", "tail", "due"),
+    [
+        ("", None, None, 12),
+        ("full", None, None, 14),
+        ("full", 13, None, None),
+        ("full", 14, None, 14),
+        ("full", None, Tail(10, (GroupId(0),)), 12),
+    ],
+)
+def test_nothing_is_due_before_the_next_chunk_has_a_name(drafter, limit, tail, due):
+    """Two chunks of each group are stored, and links are of two tokens."""
+    kinds = {"full": 1, "state": 1}
+    caches = ChunkedCaches(make_config(kinds, drafter=drafter, tokens_per_hash=2), 1)
+    stay = make_stay(8, caches=caches, next_chunk=(2, 2), limit=limit, tail=tail)
+    assert next_due_tokens(caches, stay) == due

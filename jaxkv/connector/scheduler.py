@@ -117,8 +117,7 @@ class OffloadingScheduler:
         if state.tenure is not None and state.tenure.running:
             self._retire(state.tenure)
             state.tenure = None
-        if state.tenure is None or state.device_hit_tokens is not None:
-            self._admitted.add(state.ctx.req_id)
+        self._admitted.add(state.ctx.req_id)
         if state.device_hit_tokens is not None and not state.params.skip_reading:
             self._metrics.queried(state.request.num_tokens - state.device_hit_tokens)
         state.tenure = self._tenures.begin(state, blocks, num_external_tokens)
@@ -159,11 +158,10 @@ class OffloadingScheduler:
                 self._end_job(*ended)
 
     def _end_step(self) -> None:
-        left = {tenure.ctx.req_id for tenure, _ in self._left_in_step}
         for req_id, num_tokens in self._step.items():
             state = self._requests.get(req_id)
             tenure = state.tenure if state is not None else None
-            if tenure is None or (left and req_id in left):
+            if tenure is None:
                 continue
             if tenure.end_step(num_tokens):
                 self._due[tenure] = None
@@ -184,9 +182,8 @@ class OffloadingScheduler:
         self._unconfirmed.clear()
 
     def has_pending_push_work(self) -> bool:
-        """See ``KVConnectorBase``: last chunks to plan, or jobs that have not been reported."""
-        has_last_chunks = any(tenure.has_ended for tenure in self._due)
-        return bool(has_last_chunks or self._departed or len(self._jobs) or self._manager.has_pending_work())
+        """See ``KVConnectorBase``: requests that ended since the last step was planned, or jobs under way."""
+        return bool(self._departed or len(self._jobs) or self._manager.has_pending_work())
 
     def has_pending_block_frees(self) -> bool:
         """See ``KVConnectorBase``: an aborted request frees its blocks when its load has landed."""

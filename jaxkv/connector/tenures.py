@@ -84,12 +84,11 @@ class Tenures:
             tenure.tail = Tail(end_tokens, self._caches.groups_cut_at(end_tokens))
 
     def _tail(self, state: RequestState, start: int) -> Tail | None:
-        """Where the prompt's last link ends, if inside a chunk, and this request computes and stores it."""
+        """Where the prompt's last link ends, if that cuts chunks, and this request computes and stores it."""
         end, limit = last_link(self._caches, state.request.num_prompt_tokens), self._limit_tokens(state)
-        is_inside = end % self._caches.alignment_tokens != 0
+        groups = self._caches.groups_cut_at(end)
         is_stored = limit is None or self._caches.tail_named_at_tokens(end) <= limit
-        is_asked_for = is_inside and start < end and is_stored
-        return Tail(end, self._caches.groups_cut_at(end)) if is_asked_for else None
+        return Tail(end, groups) if groups and start < end and is_stored else None
 
     def _chunks_before(self, num_tokens: int) -> list[int]:
         return [
