@@ -76,6 +76,15 @@ def test_a_handed_state_between_the_links_of_a_chunk_asks_for_a_tail(blocks_per_
     loop.close()
 
 
+def test_a_handed_state_inside_a_chunk_keeps_what_of_the_window_only_a_hit_there_reads():
+    loop = EmittingLoop(emit_at=(20,), max_step_tokens=64, retention_interval=0)
+    loop.serve("first", PROMPT)
+    branch = [*PROMPT[:20], 1, 2, 3]
+    assert loop.serve("second", branch, 3).host_hits == [20]
+    assert loop.outputs["second"] == expected_output(branch, 3)
+    loop.close()
+
+
 def test_blocks_of_handed_states_are_read_before_anybody_writes_them():
     """They are free in the step that stores them, and given to the next request at once."""
     loop = EmittingLoop(emit_at=(16,), max_step_tokens=64)
