@@ -2,6 +2,7 @@
 #   make demo     real Gemma 3 270M weights, offloading on against off
 #   make test     the whole test suite
 #   make fuzz     random runs of the connector against its reference model; FUZZ_STEPS=50_000_000 for long
+#   make bench    copies, latency, serving, memory and decisions beside the alternatives; under three minutes
 #   make bench-scheduler  what the connector's decisions cost a serving loop
 #   make bench-retention  how many prompts a host pool can serve, with and without retention
 #   make test-families   tests against the packages that allocate caches: flax, MaxText, gemma and others
@@ -21,13 +22,16 @@ SOURCES := pyproject.toml README.md LICENSE $(shell find jaxkv ffi examples -typ
 	-not -name '*.pyc' -not -path '*/__pycache__/*')
 CPP := $(shell find ffi -name '*.cc' -o -name '*.h')
 
-.PHONY: help demo bench-scheduler bench-retention test fuzz test-families run-families mutants lint format docs native-test clean
+.PHONY: help demo bench bench-scheduler bench-retention test fuzz test-families run-families mutants lint format docs native-test clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
 
 demo: $(VENV)/.jaxkv
 	$(BIN)/jaxkv demo
+
+bench: $(VENV)/.jaxkv
+	$(BIN)/jaxkv bench all
 
 bench-scheduler: $(VENV)/.jaxkv
 	$(BIN)/jaxkv bench scheduler

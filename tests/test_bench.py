@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
+import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 
+from jaxkv.cli.bench.all_command import add_all
+from jaxkv.cli.bench.base import Bench
 from jaxkv.cli.bench.copy_caches import make_shape
 from jaxkv.cli.bench.copy_contenders import HostSide, JaxSide
 from jaxkv.cli.bench.copy_measure import CopyFigures, CopyResult, CopySettings
 from jaxkv.cli.bench.memory_measure import MemoryFigures, MemorySettings, PeakResult, PoolResult
 from jaxkv.cli.bench.memory_report import print_memory
+from jaxkv.cli.bench.parser import BENCHES
 from jaxkv.cli.bench.series import Contender, Measurement, Ratio, interleave
 from jaxkv.cli.bench.serve_model import StandInModel
 from jaxkv.cli.bench.serve_ttft import TtftSettings, compare_ttft, make_prompts
@@ -211,3 +216,49 @@ def test_first_tokens_are_timed_with_the_prefix_on_the_host():
     assert (len(found.off.seconds), len(found.on.seconds), found.at_least) == (3, 3, 20.0)
     pairs = zip(found.off.seconds, found.on.seconds, strict=True)
     assert found.ratio.values == tuple(off / on for off, on in pairs)
+
+
+class Answer(Bench):
+    """Measures nothing, but shows how long it was told to take."""
+
+    name, summary, description, epilog = "answer", "one figure", "Say what was asked.", ""
+    short = ("--number", "42")
+
+    def add_options(self, parser):
+        parser.add_argument("--number", type=int, default=1000)
+
+    def measure(self, args, tell):
+        tell("thinking")
+        return args.number
+
+    def as_json(self, figures):
+        return {"number": figures}
+
+    def load_report(self):
+        return lambda figures: sys.stdout.write(f"the answer is {figures}\n")
+
+    def load_plot(self):
+        return lambda path, figures: path.write_text(f"a plot of {figures}")
+
+
+@pytest.mark.parametrize(("options", "number"), [((), 42), (("--full",), 1000)])
+def test_all_benchmarks_write_figures_and_plots_to_a_folder(capsys, tmp_path, options, number):
+    parser = argparse.ArgumentParser()
+    add_all(parser.add_subparsers(), [Answer()])
+    folder = tmp_path / "new" / "folder"
+    args = parser.parse_args(["all", "--output", str(folder), *options])
+    assert args.run(args) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"the answer is {number}" in text
+    assert f"written to {folder}: answer.json, answer.png" in text
+    document = json.loads((folder / "answer.json").read_text())
+    assert (document["bench"], document["number"]) == ("answer", number)
+    assert "jaxlib" in document["environment"]
+    assert (folder / "answer.png").read_text() == f"a plot of {number}"
+
+
+def test_short_options_are_options_of_their_benchmark():
+    for bench in BENCHES:
+        parser = argparse.ArgumentParser()
+        bench.add_options(parser)
+        parser.parse_args(list(bench.short))

@@ -25,6 +25,8 @@ class Bench(ABC):
     summary: ClassVar[str]
     description: ClassVar[str]
     epilog: ClassVar[str]
+    short: ClassVar[Sequence[str]] = ()
+    """Options with which it is part of a short run of everything."""
 
     @abstractmethod
     def add_options(self, parser: argparse.ArgumentParser) -> None:

@@ -49,6 +49,7 @@ class CopyBench(Bench):
     summary = "how fast blocks move, beside memcpy, NumPy and plain JAX"
     description = "Time moving blocks to the host pool and back, beside other ways to do it."
     epilog = _EPILOG
+    short = ("--bytes", "128MiB", "--repeats", "3")
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """See ``Bench``."""

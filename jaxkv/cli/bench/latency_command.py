@@ -15,8 +15,8 @@ from jaxkv.cli.bench.latency_report import title_of
 from jaxkv.cli.bench.series import Tell
 
 _EPILOG = """\
-  the op in a program          read_blocks and restore of jaxkv.transfer.ops, alone in a jitted program; ids
-                               and addresses are on the device, as in a program of your own
+  the op in a program          the op alone in a jitted program, as BlockTransfer calls it: one array on the
+                               device says which block, which address and which pool
   BlockTransfer, waited for    offload(...).wait() and restore(...): ids and slots are checked, slots pinned,
                                a program called, its status read
   a program that does nothing  the same arguments and results without the op: what JAX takes to call a
@@ -34,6 +34,7 @@ class LatencyBench(Bench):
     summary = "how long one block takes: the op alone, and the whole call"
     description = "Time moving one block, by the number of leaves."
     epilog = _EPILOG
+    short = ("--repeats", "10")
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """See ``Bench``."""

@@ -33,6 +33,7 @@ class MemoryBench(Bench):
     summary = "what pools cost to make, and what transfers take beside them"
     description = "Time making pools, and watch the memory that transfers take."
     epilog = _EPILOG
+    short = ("--repeats", "3")
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """See ``Bench``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxkv.cli.bench.all_command import add_all
 from jaxkv.cli.bench.base import Bench, add_bench
 from jaxkv.cli.bench.copy_command import CopyBench
 from jaxkv.cli.bench.latency_command import LatencyBench
@@ -32,3 +33,4 @@ def add_parser(commands: Any) -> None:
     benches = parser.add_subparsers(required=True, metavar="WHAT")
     for bench in BENCHES:
         add_bench(benches, bench)
+    add_all(benches, BENCHES)

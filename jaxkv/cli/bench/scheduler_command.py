@@ -35,6 +35,7 @@ class SchedulerBench(Bench):
     summary = "the connector's scheduler side and the host manager, without bytes"
     description = "Time the connector's scheduler side and the host manager, without moving bytes."
     epilog = _EPILOG
+    short = ("--chunks", "200000", "--fewer-chunks", "50000", "--repeats", "20")
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """See ``Bench``."""

@@ -46,6 +46,7 @@ class ServeBench(Bench):
     summary = "what offloading costs and saves in a serving loop"
     description = "Serve the same requests with offloading off and on, by turns."
     epilog = _EPILOG
+    short = ("--repeats", "7", "--model-repeats", "3")
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """See ``Bench``."""

@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from jaxkv.cli.bench.series import tenths
 from jaxkv.cli.bench.serve_command import ServeFigures
 
+_TICKS = (0.05, 0.1, 0.2, 0.5, 0.7, 1, 2, 5, 10, 20, 50, 100, 200)
+
 
 def save_serve_plot(path: Path, figures: ServeFigures) -> None:
     """A PNG with a bar for every comparison, on a logarithmic axis that begins at 1."""
@@ -26,12 +28,17 @@ def save_serve_plot(path: Path, figures: ServeFigures) -> None:
             color="#2563eb" if middle >= 1 else "#d97706",
             ecolor="#4b5563",
         )
-        axes.annotate(f"{middle:.2f}", (max(middle, high), row), (6, -4), textcoords="offset points")
+        right = max(1.0, high, one.at_least or 0.0)
+        axes.annotate(f"{middle:.2f}", (right, row), (6, -4), textcoords="offset points")
         if one.at_least is not None:
             axes.vlines(one.at_least, row - 0.35, row + 0.35, color="#be123c", lw=2)
     axes.axvline(1, color="#111827", lw=1)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ends = [end for one in figures.comparisons for end in tenths(one.ratio.values)]
+    ticks = [tick for tick in _TICKS if min(0.5, *ends) <= tick <= 2 * max(1.0, *ends)]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(ticks[0], 1.2 * ticks[-1])
     axes.set_yticks(range(len(figures.comparisons)), [one.name for one in figures.comparisons])
     axes.invert_yaxis()
     axes.set_xlabel("times faster with offloading (red: what it should reach)")
