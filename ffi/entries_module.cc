@@ -1,4 +1,4 @@
-// Python's view of entries: checks that arrays fit each other. Decides nothing.
+// Python's view of what pool ops are given, and of calling them off. Decides nothing.
 #include "entries_module.h"
 
 #include <nanobind/ndarray.h>
@@ -12,6 +12,7 @@
 #include <tuple>
 #include <utility>
 
+#include "cancellations.h"
 #include "entries.h"
 
 namespace nb = nanobind;
@@ -31,8 +32,8 @@ std::optional<size_t> FindRepeated(const Numbers& values) {
 }
 
 std::pair<Numbers32, int64_t> MakeEntries(const Numbers& block_ids, const Numbers& chunk_addresses,
-                                          std::tuple<int64_t, int64_t, int64_t> layout, int32_t generation,
-                                          size_t num_entries) {
+                                          std::tuple<int64_t, int64_t, int64_t> layout,
+                                          std::pair<int32_t, int32_t> call, size_t num_entries) {
   const auto [blocks_per_chunk, first_block, record_units] = layout;
   const size_t n = block_ids.size();
   if (n > num_entries || blocks_per_chunk < 1 || first_block < 0) {
@@ -42,10 +43,11 @@ std::pair<Numbers32, int64_t> MakeEntries(const Numbers& block_ids, const Number
   if ((static_cast<uint64_t>(first_block) + n + per_chunk - 1) / per_chunk > chunk_addresses.size()) {
     throw nb::value_error("each entry needs a chunk");
   }
-  const size_t size = 1 + 2 * num_entries;
+  const size_t size = 2 + 2 * num_entries;
   auto owned = std::make_unique<int32_t[]>(size);
-  owned[0] = generation;
-  int32_t* ids = owned.get() + 1;
+  owned[0] = call.first;
+  owned[1] = call.second;
+  int32_t* ids = owned.get() + 2;
   int32_t* addresses = ids + num_entries;
   const int64_t num_blocks = FillEntries(block_ids.data(), n, chunk_addresses.data(),
                                          {blocks_per_chunk, first_block, record_units}, ids, addresses);
@@ -60,7 +62,9 @@ void RegisterEntries(nb::module_& module) {
   module.def("first_outside", &FindOutside, nb::arg("block_ids"), nb::arg("num_blocks"));
   module.def("first_repeated", &FindRepeated, nb::arg("values"));
   module.def("make_entries", &MakeEntries, nb::arg("block_ids"), nb::arg("chunk_addresses"),
-             nb::arg("layout"), nb::arg("generation"), nb::arg("num_entries"));
+             nb::arg("layout"), nb::arg("call"), nb::arg("num_entries"));
+  module.def("cancel_call", [](int32_t call) { Cancellations::Global().Add(call); }, nb::arg("call"));
+  module.def("forget_call", [](int32_t call) { Cancellations::Global().Remove(call); }, nb::arg("call"));
 }
 
 }  // namespace jaxkv

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "cancellations.h"
 #include "copy.h"
 #include "pool.h"
 
@@ -198,11 +199,13 @@ void Report(Int32s ids, IdResult& status, const Copy& copy) {
   tally.WriteTo(status);
 }
 
-// What a pool op is given beside its leaves. Without a generation there is no pool.
+// What a pool op is given beside its leaves. Without a generation there is no pool, without a number the call
+// cannot be called off.
 struct PoolCall {
   int64_t pool_id;
   Geometry geometry;
   std::optional<int32_t> generation;
+  std::optional<int32_t> number;
   Int32s ids;
   Int32s addresses;
 };
@@ -211,12 +214,14 @@ std::optional<int32_t> First(Int32s values) {
   return values.size() == 0 ? std::nullopt : std::optional<int32_t>(values[0]);
 }
 
-// The call of an op that takes all numbers as one array: generation, ids, addresses. JAX takes a microsecond
-// for every array of NumPy's that a program is given.
+// The call of an op that takes all numbers as one array: generation, number of the call, ids, addresses. JAX
+// takes a microsecond for every array of NumPy's that a program is given.
 PoolCall Unpack(int64_t pool_id, const Geometry& geometry, const IdBuffer& call) {
   const Int32s values = Values(call);
-  const size_t n = values.size() == 0 ? 0 : (values.size() - 1) / 2;
-  return {pool_id, geometry, First(values), {values.begin() + 1, n}, {values.begin() + 1 + n, n}};
+  if (values.size() < 2) return {pool_id, geometry, std::nullopt, std::nullopt, {}, {}};
+  const size_t n = (values.size() - 2) / 2;
+  const int32_t* ids = values.begin() + 2;
+  return {pool_id, geometry, values[0], values[1], {ids, n}, {ids + n, n}};
 }
 
 // Finds the record of each entry of a call in its pool. Keeps the memory alive while it lives.
@@ -247,6 +252,7 @@ enum class Direction { kToPool, kFromPool };
 void MoveThroughPool(Direction direction, Tally& tally, const PoolCall& call, std::optional<Leaves> leaves) {
   const auto& geometry = call.geometry;
   if (call.addresses.size() != call.ids.size()) return tally.RefuseAll(kBadGeometry);
+  if (call.number && Cancellations::Global().Contains(*call.number)) return tally.RefuseAll(kCancelled);
   const PoolRecords records(call);
   if (!records.has_pool()) return tally.RefuseAll(kNoPool);
   auto plans = leaves ? ParsePlans(geometry, *leaves) : std::nullopt;
@@ -262,7 +268,8 @@ ffi::Error Offload(int64_t pool_id, int64_t record_bytes, int64_t clear_from, Pl
                    IdResult status, ffi::RemainingRets results) {
   HandOnToken(token, token_out);
   const PoolCall call{
-      pool_id, {record_bytes, clear_from, rows}, First(Values(token)), Values(ids), Values(addresses)};
+      pool_id,          {record_bytes, clear_from, rows}, First(Values(token)), std::nullopt, Values(ids),
+      Values(addresses)};
   Report(call.ids, status, [&](Tally& tally) {
     MoveThroughPool(Direction::kToPool, tally, call, HandOnLeaves(args, results));
   });
@@ -274,7 +281,8 @@ ffi::Error Restore(int64_t pool_id, int64_t record_bytes, int64_t clear_from, Pl
                    IdResult status, ffi::RemainingRets results) {
   HandOnToken(token, token_out);
   const PoolCall call{
-      pool_id, {record_bytes, clear_from, rows}, First(Values(token)), Values(ids), Values(addresses)};
+      pool_id,          {record_bytes, clear_from, rows}, First(Values(token)), std::nullopt, Values(ids),
+      Values(addresses)};
   Report(call.ids, status, [&](Tally& tally) {
     MoveThroughPool(Direction::kFromPool, tally, call, HandOnLeaves(args, results));
   });

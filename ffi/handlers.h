@@ -16,9 +16,10 @@ enum StatusEntry {
   kBadGeometry = 4,   // refused: plans, shapes and sizes contradict each other
   kNoPool = 5,        // refused: pool closed, unknown, or of another process
   kNoMemory = 6,      // refused: no memory for the bookkeeping of the copy
-  kFirstRefused = 7,  // index of the first refused entry, if any was refused
-  kElapsedUs = 8,     // microseconds spent
-  kStatusSize = 9,
+  kCancelled = 7,     // not moved: the call was called off before it began
+  kFirstRefused = 8,  // index of the first refused entry, if any was refused
+  kElapsedUs = 9,     // microseconds spent
+  kStatusSize = 10,
 };
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(GatherPagesHandler);

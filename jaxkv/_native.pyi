@@ -180,13 +180,20 @@ def make_entries(
     block_ids: npt.NDArray[np.int64],
     chunk_addresses: npt.NDArray[np.int64],
     layout: tuple[int, int, int],
-    generation: int,
+    call: tuple[int, int],
     num_entries: int,
 ) -> tuple[npt.NDArray[np.int32], int]:
-    """The generation, ids padded with -1, addresses of their records padded with 0; how many ids are not -1.
+    """The call, ids padded with -1, addresses of their records padded with 0; how many ids are not -1.
 
-    ``layout`` is blocks of a chunk, the first block, address units of a record.
+    ``layout`` is blocks of a chunk, the first block, address units of a record; ``call`` is the pool's
+    generation and the number of the call.
     """
+
+def cancel_call(call: int) -> None:
+    """The call of this number moves nothing, unless it has begun."""
+
+def forget_call(call: int) -> None:
+    """The call of this number has ended."""
 
 def ffi_targets() -> dict[str, object]: ...
 def bench_memcpy(

@@ -101,6 +101,7 @@ class MachineLoop:
 
     def _tell_end(self, request: MachineRequest) -> None:
         tables = self.cache.all_tables(request)
+        request.has_ended = True
         self._note_end(request)
         handed = self.handed.pop(request.request_id, [])
         if handed:

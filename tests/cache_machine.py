@@ -168,6 +168,7 @@ class Machine:
             self.loop.log("job", job_id, "fails" if failed else "lands")
             flight = worker.land(job_id, "told to fail" if failed else None)
             self.counts["stores failed"] += failed and not flight.is_load
+            self.counts["loads called off"] += flight.cancelled
             self._idle_steps = 0
 
     # -- one step ---------------------------------------------------------------------------------------

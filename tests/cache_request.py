@@ -40,6 +40,7 @@ class MachineRequest:
         "_hash_tokens",
         "block_hashes",
         "contents",
+        "has_ended",
         "has_run",
         "kv_transfer_params",
         "num_computed_tokens",
@@ -71,6 +72,7 @@ class MachineRequest:
         self.skip_reading_prefix_cache = wishes.skip_reading
         self.volatile = False
         self.has_run = False
+        self.has_ended = False
         self._hash_tokens, hash_bytes = links
         self._all_hashes = [
             prefix.to_bytes(hash_bytes, "big")

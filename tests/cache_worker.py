@@ -17,6 +17,7 @@ from cache_manager_watch import WatchedManager, slots_of
 from cache_model import Layer
 from cache_request import MachineRequest
 
+from jaxkv.keys import JobId
 from jaxkv.offload.base import JobResult, OffloadingSpec, OffloadingWorker, TransferJob
 
 POISON = -(2**40)
@@ -42,6 +43,7 @@ class Flight:
     is_load: bool
     parts: list[tuple[int, np.ndarray, np.ndarray | None]]
     entries: list[tuple[int, _Entry]]
+    cancelled: bool = False
 
 
 class ShardWorker(OffloadingWorker):
@@ -65,6 +67,7 @@ class ShardWorker(OffloadingWorker):
         self._shard = shard
         self._medium: dict[int, _Entry] = {}
         self._loading: set[int] = set()
+        self._cancelled: set[JobId] = set()
         self._results: list[JobResult] = []
         self._caches: Sequence[np.ndarray] = ()
 
@@ -164,19 +167,23 @@ class ShardWorker(OffloadingWorker):
     # -- the end of a job -------------------------------------------------------------------------------
 
     def land(self, job_id: int, error: str | None = None) -> Flight:
-        """End a job."""
+        """End a job. Of those that were called off every other one had begun before."""
         flight = self.flights.pop(job_id)
+        flight.cancelled = job_id in self._cancelled and job_id % 2 == 0
+        if flight.cancelled:
+            error = "cancelled"
         for offset, entry in flight.entries:
             assert self._medium[offset] is entry, f"the slot at {offset} changed hands under job {job_id}"
         if flight.is_load:
             self._loading.difference_update(offset for offset, _ in flight.entries)
         if error is not None:
-            self._model.dropped(self._manager.names[offset][0] for offset, _ in flight.entries)
+            if not flight.cancelled:
+                self._model.dropped(self._manager.names[offset][0] for offset, _ in flight.entries)
         elif flight.is_load:
             self._land_load(flight)
         else:
             self._land_store(flight)
-        self._results.append(JobResult(flight.job.job_id, int(error is None), 0.0, error))
+        self._results.append(JobResult(flight.job.job_id, int(error is None), 0.0, error, flight.cancelled))
         return flight
 
     def _land_store(self, flight: Flight) -> None:
@@ -200,6 +207,14 @@ class ShardWorker(OffloadingWorker):
             )
             pages = np.concatenate([entry.pages for entry in entries])
             self._caches[group][block_ids[wanted]] = pages[wanted]
+
+    def cancel(self, job_ids: Collection[JobId]) -> None:
+        """See ``OffloadingWorker``. Only loads of requests that have ended may be called off."""
+        for job_id in job_ids:
+            if (flight := self.flights.get(job_id)) is not None:
+                assert flight.is_load, "a store was called off"
+                assert self._find_request(flight.job.req_id).has_ended, "a request waits for this load"
+                self._cancelled.add(job_id)
 
     def get_finished(self) -> list[JobResult]:
         """See ``OffloadingWorker``."""

@@ -29,6 +29,7 @@ MUST_HAPPEN = (
     "aborted while running",
     "aborted while loading",
     "aborted before the load was sent",
+    "loads called off",
     "admissions without room",
     "admissions deferred",
     "deferred: loading",

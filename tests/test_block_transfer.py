@@ -156,7 +156,7 @@ def test_the_compiled_programs_copy_no_whole_leaf(pool: HostPool) -> None:
     mover = CpuMover(pool, canonical.groups[0])
     leaves = canonical.group_leaves(kv_caches, GroupId(0))
     for program in programs_of(mover):
-        text = program.lower(np.zeros(17, np.int32), *leaves).compile().as_text()
+        text = program.lower(np.zeros(18, np.int32), *leaves).compile().as_text()
         assert "f32[16,4,4,8]" in text
         copies = [line for line in text.splitlines() if " copy" in line and "f32[" in line]
         assert not copies
@@ -339,7 +339,7 @@ def test_a_transfer_of_many_slots_makes_an_object_of_none(
 def test_a_slot_freed_during_its_transfer_comes_back_when_the_ticket_ends(pool: HostPool) -> None:
     (slot,) = pool.reserve_slots(512, 1)
     pool.pin([slot])
-    move = Move(make_status(moved=1), Entries(np.zeros(3, np.int32), 1), 8)
+    move = Move(make_status(moved=1), Entries(np.zeros(4, np.int32), 1), 8)
     ticket = Ticket(GroupId(0), [move], lambda _: pool.unpin([slot]))
     pool.free(slot)
     assert pool.used_bytes == 512
@@ -360,7 +360,7 @@ def test_a_slot_freed_during_its_transfer_comes_back_when_the_ticket_ends(pool: 
     ],
 )
 def test_a_ticket_reports_bytes_and_what_was_refused(status: np.ndarray, error: str | None) -> None:
-    numbers = np.array([0, 7, -1, 5, -1, 0, 0, 0, 0], np.int32)
+    numbers = np.array([0, 0, 7, -1, 5, -1, 0, 0, 0, 0], np.int32)
     move = Move(status, Entries(numbers, 2), 100)
     result = Ticket(GroupId(3), [move], lambda _: None).wait()
     assert result.num_bytes == 100 * status[0]
@@ -372,8 +372,8 @@ def test_a_pool_closed_between_check_and_copy_fails_the_transfer_and_not_the_cac
     expected = numpy_copy(kv_caches)
     doomed = HostPool(1 << 16)
     mover = CpuMover(doomed, canonical.groups[0])
-    record_bytes, generation = canonical.groups[0].record_bytes, int(doomed.token()[0])
-    entries = make_entries(np.arange(3), np.array([0, 8, 16]), record_bytes, 1, 0, generation)
+    record_bytes, call = canonical.groups[0].record_bytes, (int(doomed.token()[0]), 0)
+    entries = make_entries(np.arange(3), np.array([0, 8, 16]), record_bytes, 1, 0, call)
     doomed.close()
     leaves, status = mover.restore(canonical.group_leaves(kv_caches, GroupId(0)), entries)
     result = Ticket(GroupId(0), [Move(status, entries, 1)], lambda _: None).wait()

@@ -253,6 +253,26 @@ def test_aborted_request_keeps_its_blocks_until_its_load_has_landed():
     loop.close()
 
 
+def test_the_load_of_an_aborted_request_is_called_off_and_its_chunks_stay():
+    loop = Loop()
+    loop.serve("first", PROMPT)
+    loop.worker.delayed = True
+    second = loop.add("second", PROMPT)
+    loop.step()
+    (job_id,) = loop.worker.job_ids
+    loop.abort(second)
+    loop.step()
+    loop.worker.finish([job_id])
+    loop.step()
+    assert not loop.aborted_loading
+    stats = loop.connector.get_stats()
+    assert [group.failed_load_chunks for group in stats.groups] == [0] * len(stats.groups)
+    loop.worker.delayed = False
+    third = loop.serve("third", PROMPT)
+    assert third.host_hits == [HIT]
+    loop.close()
+
+
 def test_request_aborted_before_its_load_was_sent_frees_at_once():
     loop = Loop()
     loop.serve("first", PROMPT)

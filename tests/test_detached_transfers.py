@@ -102,7 +102,7 @@ def test_nothing_overtakes_a_transfer_in_a_loop_that_donates_its_caches(seed: in
 def test_xla_counts_work_enough_to_take_large_transfers_off_the_callers_thread(pool: HostPool) -> None:
     kv_caches, canonical = make_caches()
     mover, leaves = CpuMover(pool, canonical.groups[GROUP]), list(kv_caches.values())
-    numbers = np.zeros(17, np.int32)
+    numbers = np.zeros(18, np.int32)
     for program, detached in (
         (mover.inline_read, False),
         (mover.inline_write, False),
@@ -161,18 +161,44 @@ def test_profiles_name_every_transfer_and_its_program(
 def test_slots_freed_under_way_are_given_to_nobody_before_the_transfer_has_ended(pool: HostPool) -> None:
     kv_caches, canonical = make_caches()
     transfer = BlockTransfer(canonical, pool)
-    gate = _late(kv_caches["layer.0"])
-    late = {**kv_caches, "layer.0": gate}
+    kv_caches = transfer.warm_up(kv_caches, 4)
+    late = {**kv_caches, "layer.0": late_copy(kv_caches["layer.0"])}
     slots = transfer.reserve(GROUP, 4).keep()
     ticket = transfer.offload(late, GROUP, range(4), slots)
-    was_done = ticket.done()
     pool.free_slots(slots)
     others = pool.reserve_slots(transfer.chunk_bytes(GROUP), 4)
-    if not was_done:
-        assert not set(others.offsets.tolist()) & set(slots.offsets.tolist())
+    assert not ticket.done()
+    assert not set(others.offsets.tolist()) & set(slots.offsets.tolist())
     assert ticket.wait().error is None
     pool.free_slots(others)
     assert pool.used_bytes == 0
+
+
+@pytest.mark.usefixtures("all_detached")
+def test_a_transfer_called_off_before_it_began_moves_nothing_and_says_so(pool: HostPool) -> None:
+    kv_caches, canonical = make_caches()
+    transfer = BlockTransfer(canonical, pool)
+    expected = numpy_copy(kv_caches)
+    kv_caches = transfer.warm_up(kv_caches, 4)
+    with transfer.reserve(GROUP, 4) as slots:
+        for slot in slots:
+            pool.view(slot)[:] = bytes([7]) * slot.num_bytes
+        late = {**kv_caches, "layer.0": late_copy(kv_caches["layer.0"])}
+        written = transfer.offload(late, GROUP, range(4), slots)
+        late, read = transfer.restore(late, GROUP, range(4), slots)
+        written.cancel()
+        read.cancel()
+        for ticket in (written, read):
+            result = ticket.wait()
+            assert (result.num_bytes, result.cancelled) == (0, True)
+            assert result.error is not None
+            assert "4 x cancelled before it began" in result.error
+        assert all(bytes(pool.view(slot)) == bytes([7]) * slot.num_bytes for slot in slots)
+        assert_same_caches(late, expected)
+        _, after = transfer.restore(late, GROUP, range(4), slots)
+        assert (after.wait().error, after.wait().cancelled) == (None, False)
+        after.cancel()
+        assert after.wait().error is None
 
 
 @pytest.mark.usefixtures("all_detached")
@@ -231,13 +257,16 @@ print("started")
     assert (ended.returncode, ended.stdout) == (0, "started\n"), ended.stderr
 
 
-def _late(leaf: jax.Array) -> Any:
-    """``leaf``, once a while has passed."""
+def late_copy(leaf: jax.Array) -> jax.Array:
+    """``leaf``, after a second or so; transfers of it are queued until then."""
     matrix = jnp.ones((256, 256)) / 256
 
     @jax.jit
-    def wait(leaf: jax.Array) -> jax.Array:
-        total = jax.lax.fori_loop(0, 50, lambda _, m: m @ matrix, matrix)
+    def compute(leaf: jax.Array) -> jax.Array:
+        total = jax.lax.fori_loop(0, 1500, lambda _, m: m @ matrix, matrix)
         return leaf + 0 * total[0, 0]
 
-    return wait(leaf)
+    compiled: Any = compute.lower(leaf).compile()
+    late: jax.Array = compiled(leaf)
+    assert not late.is_ready()
+    return late

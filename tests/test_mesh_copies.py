@@ -102,7 +102,7 @@ def test_one_block_is_copied_out_by_one_holder_of_each_part(pool: HostPool) -> N
         for block_ids, devices in (([3], {"device 0", "device 1"}), ([-1, 3], {"device 2", "device 3"})):
             ids, addresses = np.array(block_ids), np.array([address] * 2)
             entries = make_entries(
-                ids, addresses, canonical.records[0].record_bytes, 1, 0, int(pool.token()[0])
+                ids, addresses, canonical.records[0].record_bytes, 1, 0, (int(pool.token()[0]), 0)
             )
             moves = transfer.movers[GROUP].offload(leaves, entries)
             assert [move.read().error for move in moves] == [None, None]

@@ -30,6 +30,7 @@ from jaxkv.keys import GroupId
 from jaxkv.testing import LayoutCase, assert_same_caches
 from jaxkv.transfer import BlockTransfer
 from jaxkv.transfer.cpu import CpuMover
+from jaxkv.transfer.status import STATUS_SIZE
 
 GROUP = GroupId(0)
 CASE = MESH_CASES["separate_kv"]
@@ -187,7 +188,7 @@ def test_an_offload_that_breaks_off_leaves_no_program_that_writes_its_slots(
     class Status:
         def __array__(self, *_: Any, **__: Any) -> np.ndarray:
             ended.append(pool.used_bytes > 0)
-            return np.zeros(9, np.int32)
+            return np.zeros(STATUS_SIZE, np.int32)
 
     monkeypatch.setattr(CpuMover, "offload", lambda self, *_: Status() if self is mover else 1 / 0)
     with pytest.raises(ZeroDivisionError), transfer.reserve(GROUP, 1) as slots:

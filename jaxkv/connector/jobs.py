@@ -81,8 +81,9 @@ class JobTable:
     def report(self, result: JobResult) -> tuple[Job, JobResult] | None:
         """Take in one worker's result; the job and its overall result once all workers have reported.
 
-        The overall result has the bytes of all workers, the longest time and the first error. Results of jobs
-        that are not in the table are ignored.
+        The overall result has the bytes of all workers, the longest time and the first error; it was
+        cancelled if it was for one of them and failed for none. Results of jobs that are not in the table are
+        ignored.
         """
         job = self._jobs.get(result.job_id)
         if job is None:
@@ -98,4 +99,6 @@ class JobTable:
             num_bytes=sum(report.num_bytes for report in job.reports),
             elapsed_s=max(report.elapsed_s for report in job.reports),
             error=next((report.error for report in job.reports if report.error is not None), None),
+            cancelled=any(report.cancelled for report in job.reports)
+            and all(report.error is None or report.cancelled for report in job.reports),
         )

@@ -38,6 +38,7 @@ class LoadPlanner:
         self._promised: dict[str, RequestState] = {}
         self._unsent: dict[JobId, TransferJob] = {}
         self._loading: dict[JobId, KeyRuns] = {}
+        self._cancelled: list[JobId] = []
 
     def find(self, state: RequestState, device_tokens: int) -> Hit | Deferral:
         """What the host can supply behind the device hit. The last known token is never promised."""
@@ -151,12 +152,22 @@ class LoadPlanner:
         self._unsent.clear()
         return taken
 
-    def cancel_unsent(self, state: RequestState) -> None:
-        """Take back the request's load if no worker has been given it."""
+    def take_cancelled(self) -> tuple[JobId, ...]:
+        """Loads that workers have and that nobody waits for any more."""
+        taken = tuple(self._cancelled)
+        self._cancelled.clear()
+        return taken
+
+    def cancel(self, state: RequestState) -> None:
+        """Nobody waits for the request's load any more. One that no worker has been given is over at once."""
+        if state.load is None:
+            return
         if state.load in self._unsent:
             del self._unsent[state.load]
             self.end(self._jobs.cancel(state.load), success=True)
             state.load = None
+        else:
+            self._cancelled.append(state.load)
 
     def end(self, job: Job, *, success: bool) -> None:
         """A load is over."""

@@ -6,16 +6,21 @@ from dataclasses import dataclass
 from typing import final
 
 from jaxkv.connector.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+from jaxkv.keys import JobId
 from jaxkv.offload.base import JobResult, TransferJob
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class OffloadingConnectorMetadata(KVConnectorMetadata):
-    """Jobs to submit: ``stores`` before anything of the step, then ``loads``."""
+    """Jobs to submit: ``stores`` before anything of the step, then ``loads``.
+
+    ``cancelled`` are loads of steps before, of requests that have ended since.
+    """
 
     stores: tuple[TransferJob, ...] = ()
     loads: tuple[TransferJob, ...] = ()
+    cancelled: tuple[JobId, ...] = ()
 
 
 @final

@@ -134,8 +134,10 @@ class Metrics:
             self._groups[group].hit_chunks += num_chunks
 
     def job_ended(self, job: Job, result: JobResult) -> None:
-        """A transfer is over."""
+        """A transfer is over. One that was cancelled is neither done nor failed."""
         self._seconds[job.kind] += result.elapsed_s
+        if result.cancelled:
+            return
         failed = result.error is not None
         moved = 0
         for blocks in job.transfer.blocks:

@@ -138,7 +138,7 @@ class OffloadingScheduler:
         self._loads.drop_all()
         self._begin_step(scheduler_output)
         self._manager.on_schedule_end()
-        return OffloadingConnectorMetadata(stores, self._loads.take_unsent())
+        return OffloadingConnectorMetadata(stores, self._loads.take_unsent(), self._loads.take_cancelled())
 
     def _begin_step(self, scheduler_output: SchedulerOutput) -> None:
         for req_id, new_blocks in scheduler_output.new_block_ids.items():
@@ -250,7 +250,7 @@ class OffloadingScheduler:
             self._manager.complete_store(job.keys, job.ctx, success=success)
             self._events.store_ended(result.job_id, success=success)
             return
-        self._loads.end(job, success=success)
+        self._loads.end(job, success=success or result.cancelled)
         state = self._requests[job.ctx.req_id]
         state.load = None
         if not success:
@@ -266,7 +266,7 @@ class OffloadingScheduler:
         if state is None:
             return False
         self._drop_promise(state)
-        self._loads.cancel_unsent(state)
+        self._loads.cancel(state)
         if state.tenure is not None:
             state.tenure.complete_tokens = min(state.tenure.complete_tokens, request.num_computed_tokens)
         self._end_tenure(state)

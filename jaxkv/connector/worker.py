@@ -40,7 +40,11 @@ class OffloadingConnectorWorker:
         return warmed
 
     def submit_stores(self, metadata: OffloadingConnectorMetadata, kv_caches: KVCaches) -> None:
-        """Submit every store of the step; each reads ``kv_caches`` as they are now."""
+        """Submit every store of the step; each reads ``kv_caches`` as they are now.
+
+        Loads that nobody waits for any more are called off.
+        """
+        self._worker.cancel(metadata.cancelled)
         for job in metadata.stores:
             if job.job_id <= self._last_store:
                 continue

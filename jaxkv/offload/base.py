@@ -154,12 +154,16 @@ class TransferJob:
 @final
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """How a job ended; ``error`` is ``None`` when every byte was moved (vLLM: ``TransferResult``)."""
+    """How a job ended; ``error`` is ``None`` when every byte was moved (vLLM: ``TransferResult``).
+
+    ``cancelled``: it was called off in time, which says nothing against what is stored.
+    """
 
     job_id: JobId
     num_bytes: int
     elapsed_s: float
     error: str | None = None
+    cancelled: bool = False
 
 
 class OffloadingManager(ABC):
@@ -284,6 +288,12 @@ class OffloadingWorker(ABC):
     @abstractmethod
     def submit_load(self, job: TransferJob, kv_caches: Any) -> Any:
         """Start copying chunks in; returns the pytree to go on with, the one passed in is consumed."""
+
+    def cancel(self, job_ids: Collection[JobId]) -> None:
+        """Nobody needs these jobs any more, so what has not begun need not. They are reported all the same.
+
+        Jobs that are not known, or have ended, are passed over. The default lets all of them run.
+        """
 
     @abstractmethod
     def get_finished(self) -> list[JobResult]:

@@ -39,6 +39,9 @@ class _RunningJob:
             num_bytes=sum(result.num_bytes for result in results),
             elapsed_s=sum(result.elapsed_s for result in results),
             error="; ".join(errors) or None,
+            cancelled=self.error is None
+            and bool(errors)
+            and all(result.error is None or result.cancelled for result in results),
         )
 
 
@@ -83,6 +86,13 @@ class HostOffloadingWorker(OffloadingWorker):
         except JaxKVError as error:
             running.error = str(error)
         return kv_caches
+
+    def cancel(self, job_ids: Collection[JobId]) -> None:
+        """See ``OffloadingWorker``."""
+        for job_id in job_ids:
+            if job_id in self._running:
+                for ticket in self._running[job_id].tickets:
+                    ticket.cancel()
 
     def get_finished(self) -> list[JobResult]:
         """See ``OffloadingWorker``."""

@@ -53,6 +53,7 @@ class FakeWorker(OffloadingWorker):
         self._config = config
         self._blocks_per_chunk = blocks_per_chunk
         self._jobs: dict[JobId, _Delayed] = {}
+        self._cancelled: set[JobId] = set()
         self._results: list[JobResult] = []
 
     @property
@@ -77,13 +78,18 @@ class FakeWorker(OffloadingWorker):
         """End these jobs in this order; all of them where none are named."""
         for job_id in self.job_ids if job_ids is None else job_ids:
             delayed = self._jobs.pop(job_id)
-            error = self.fail(delayed.job)
+            error = "cancelled" if job_id in self._cancelled else self.fail(delayed.job)
             if delayed.kv_caches is None:
                 self._end_store(delayed, error)
             else:
                 self._end_load(delayed, error)
             num_bytes = sum(len(page) for pages in delayed.pages for page in pages if page is not None)
-            self._results.append(JobResult(job_id, 0 if error else num_bytes, 0.0, error))
+            cancelled = job_id in self._cancelled
+            self._results.append(JobResult(job_id, 0 if error else num_bytes, 0.0, error, cancelled))
+
+    def cancel(self, job_ids: Collection[JobId]) -> None:
+        """See ``OffloadingWorker``. Of delayed jobs none has begun."""
+        self._cancelled.update(set(job_ids) & self._jobs.keys())
 
     def get_finished(self) -> list[JobResult]:
         """See ``OffloadingWorker``."""

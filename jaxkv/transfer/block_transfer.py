@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from types import TracebackType
 from typing import Any, Self, final, overload
 
@@ -39,6 +40,7 @@ from jaxkv.transfer.ticket import Move, Ticket
 KVCaches = Mapping[str, Any]
 
 _log = logging.getLogger(__name__)
+_calls = count()
 
 
 @final
@@ -244,7 +246,12 @@ class BlockTransfer:
         try:
             record_bytes = self._record(group).record_bytes
             yield make_entries(
-                ids, addresses, record_bytes, self.blocks_per_chunk, first_block, self._generation
+                ids,
+                addresses,
+                record_bytes,
+                self.blocks_per_chunk,
+                first_block,
+                (self._generation, next(_calls) % 2**31),
             )
         except BaseException:
             self.pool.unpin(slots)

@@ -22,7 +22,8 @@ _MOST_BLOCKS = np.uint64(np.iinfo(np.int64).max)
 @final
 @dataclass(frozen=True, slots=True)
 class Entries:
-    """What one program is given, as one int32 array: the pool's generation, then block ids, then addresses.
+    """What one program is given, as one int32 array: generation of the pool, number of the call, block ids,
+    addresses.
 
     Ids and addresses are padded with -1 and 0 to a bucket. ``num_blocks`` ids are not -1.
     """
@@ -31,9 +32,14 @@ class Entries:
     num_blocks: int
 
     @property
+    def call_number(self) -> int:
+        """What the call is called off by; another for every transfer of the process."""
+        return int(self.numbers[1])
+
+    @property
     def block_ids(self) -> npt.NDArray[np.int32]:
         """-1 skips an entry."""
-        return self.numbers[1 : 1 + len(self.numbers) // 2]
+        return self.numbers[2 : 1 + len(self.numbers) // 2]
 
     @property
     def addresses(self) -> npt.NDArray[np.int32]:
@@ -136,20 +142,22 @@ def make_entries(
     record_bytes: int,
     blocks_per_chunk: int,
     first_block: int,
-    generation: int,
+    call: tuple[int, int],
 ) -> Entries:
-    """Pads checked block ids and finds the address of each entry's record in the pool of that ``generation``.
+    """Pads checked block ids and finds the address of each entry's record.
+
+    ``call`` is the pool's generation, of which the addresses are, and the number of this call.
 
     Entry ``j`` is block ``first_block + j`` counted from the start of the first chunk; chunks hold
     ``blocks_per_chunk`` records one after another.
     """
     layout = blocks_per_chunk, first_block, record_bytes // ADDRESS_UNIT_BYTES
     num_entries = bucket_size(len(block_ids))
-    return Entries(*load_native().make_entries(block_ids, slot_addresses, layout, generation, num_entries))
+    return Entries(*load_native().make_entries(block_ids, slot_addresses, layout, call, num_entries))
 
 
 def no_entries(num_entries: int) -> Entries:
     """As many entries, all of them skipped."""
-    numbers = np.zeros(1 + 2 * num_entries, np.int32)
-    numbers[1 : 1 + num_entries] = -1
+    numbers = np.zeros(2 + 2 * num_entries, np.int32)
+    numbers[2 : 2 + num_entries] = -1
     return Entries(numbers, 0)

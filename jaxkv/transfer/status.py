@@ -21,8 +21,9 @@ class StatusEntry(IntEnum):
     BAD_GEOMETRY = 4
     NO_POOL = 5
     NO_MEMORY = 6
-    FIRST_REFUSED = 7
-    ELAPSED_US = 8
+    CANCELLED = 7
+    FIRST_REFUSED = 8
+    ELAPSED_US = 9
 
 
 STATUS_SIZE = len(StatusEntry)
@@ -34,6 +35,7 @@ _REASONS = {
     StatusEntry.BAD_GEOMETRY: "plans and leaves contradict each other",
     StatusEntry.NO_POOL: "host pool closed, unknown or of another process",
     StatusEntry.NO_MEMORY: "no memory for the copy's bookkeeping",
+    StatusEntry.CANCELLED: "cancelled before it began",
 }
 
 

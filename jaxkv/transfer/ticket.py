@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
+from jaxkv.host_pool import load_native
 from jaxkv.keys import GroupId
 from jaxkv.transfer.checks import Entries
 from jaxkv.transfer.status import StatusEntry, explain_refusals
@@ -21,11 +22,16 @@ Status = jax.Array | npt.NDArray[np.int32]
 @final
 @dataclass(frozen=True, slots=True)
 class TransferResult:
-    """How a transfer ended: bytes of blocks moved, seconds of copying, and what went wrong, if anything."""
+    """How a transfer ended: bytes of blocks moved, seconds of copying, and what went wrong, if anything.
+
+    ``cancelled``: nothing went wrong, but it was called off in time; what it was to write is as it was, or
+    written in part.
+    """
 
     num_bytes: int
     elapsed_s: float
     error: str | None = None
+    cancelled: bool = False
 
 
 @final
@@ -62,6 +68,7 @@ class Move:
             moved * self.block_bytes,
             counts[StatusEntry.ELAPSED_US] * 1e-6,
             error_text and self._tell(error_text),
+            counts[StatusEntry.CANCELLED] > 0,
         )
 
     def _tell(self, text: str) -> str:
@@ -78,6 +85,7 @@ def read_moves(group: GroupId, moves: Sequence[Move]) -> TransferResult:
         sum(result.num_bytes for result in results),
         max((result.elapsed_s for result in results), default=0.0),
         f"group {group}: {'; '.join(errors)}" if errors else None,
+        bool(errors) and all(result.error is None or result.cancelled for result in results),
     )
 
 
@@ -91,16 +99,34 @@ class Ticket:
         self._on_end = on_end
         self._lock = threading.Lock()
         self._result: TransferResult | None = None
+        self._cancelled = False
 
     def done(self) -> bool:
         """Whether ``wait`` would return at once."""
         return all(move.done() for move in self._moves)
+
+    def cancel(self) -> None:
+        """Let what has not begun not begin; ``wait`` tells whether that came in time. Waits for nothing."""
+        # Without the lock, which a thread that waits holds. Whoever comes second forgets the numbers.
+        numbers = {move.entries.call_number for move in self._moves}
+        self._cancelled = True
+        for number in numbers:
+            load_native().cancel_call(number)
+        if self._result is not None:
+            _forget(numbers)
 
     def wait(self) -> TransferResult:
         """The result, once the transfer has ended. A failed transfer is a result, not an exception."""
         with self._lock:
             if self._result is None:
                 self._result = read_moves(self._group, self._moves)
+                if self._cancelled:
+                    _forget({move.entries.call_number for move in self._moves})
                 self._moves = ()
                 self._on_end(self)
             return self._result
+
+
+def _forget(call_numbers: Collection[int]) -> None:
+    for number in call_numbers:
+        load_native().forget_call(number)

@@ -138,7 +138,9 @@ class _Programs:
         (generation,) = pool.token()
         addresses = pool.pin(self._slots)
         order = np.random.default_rng(1).permutation(shape.num_blocks)[:_MOST_BLOCKS]
-        self._calls = cycle([jnp.array([generation, block, addresses[block]], jnp.int32) for block in order])
+        self._calls = cycle(
+            [jnp.array([generation, 0, block, addresses[block]], jnp.int32) for block in order]
+        )
         donated = range(1, 1 + shape.num_leaves)
         self._read = jax.jit(self._offload_op)
         self._write = jax.jit(self._restore_op, donate_argnums=donated)
