@@ -109,7 +109,7 @@ def test_what_copies_are_compared_with_moves_the_blocks_it_was_told(strided):
 def test_copy_benchmark_prints_rates_and_ratios_and_draws_them(capsys, tmp_path):
     assert main([*COPY, "--plot", str(tmp_path / "copy.png")]) == 0
     text = capsys.readouterr().out
-    for part in ("offload, 1 leaf", "restore, 1 leaf", "4 KiB runs", "memcpy by page", "leaf[ids]", "cpu"):
+    for part in ("offload, 1 leaf", "restore, 1 leaf", "4 KiB runs", "copying alone", "leaf[ids]", "cpu"):
         assert part in text
     assert (tmp_path / "copy.png").read_bytes().startswith(PNG)
 

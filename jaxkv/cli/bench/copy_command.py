@@ -18,6 +18,9 @@ A page is what a block has in one leaf. All blocks of the leaves move, in random
 of BlockTransfer, checks, pins and tickets included; slots were reserved before. The last column has leaves
 with heads before blocks, [2, heads, blocks, tokens, size]: 16 runs of 4 KiB make a page there.
 
+"Copying alone" is what of that the compiled loops took, as the result of a transfer says: the rest goes by
+blocks, not by bytes, so it shows where blocks are small. Several leaves make a block larger.
+
 Beside it, in the same rounds, on leaves and buffers of their own that were touched before:
   one copy, contiguous     memcpy of as many bytes, one piece a thread: what the memory can do
   memcpy by page           memcpy of each page, or run, the pages divided among threads

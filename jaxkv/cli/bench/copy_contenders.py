@@ -22,10 +22,11 @@ from jaxkv.cli.bench.copy_caches import GROUP, Shape, fill
 from jaxkv.cli.bench.series import Contender
 from jaxkv.host_pool import HostPool, load_native
 from jaxkv.slots import Slots
-from jaxkv.transfer import BlockTransfer
+from jaxkv.transfer import BlockTransfer, Ticket
 
 OFFLOAD, RESTORE = "offload", "restore"
 JAXKV = "jaxkv"
+COPYING = "jaxkv, copying alone"
 ROOF = "one copy, contiguous"
 MEMCPY = "memcpy by page"
 TAKE_ONE, TAKE_ALL = "np.take, 1 thread", "np.take, all threads"
@@ -50,17 +51,25 @@ class JaxkvSide:
         self._block_ids = block_ids
         with self._transfer.reserve(GROUP, len(block_ids)) as slots:
             self._slots: Slots = slots.keep()
+        self._copying_s: list[float] = []
 
     def offload(self) -> None:
         """All blocks to the pool."""
-        result = self._transfer.offload(self._caches, GROUP, self._block_ids, self._slots).wait()
-        assert result.error is None, result.error
+        self._end(self._transfer.offload(self._caches, GROUP, self._block_ids, self._slots))
 
     def restore(self) -> None:
         """All blocks back."""
         self._caches, ticket = self._transfer.restore(self._caches, GROUP, self._block_ids, self._slots)
+        self._end(ticket)
+
+    def copying_s(self, repeats: int) -> tuple[float, ...]:
+        """Seconds that the last transfers copied, as their results say: without what is done around that."""
+        return tuple(self._copying_s[-repeats:])
+
+    def _end(self, ticket: Ticket) -> None:
         result = ticket.wait()
         assert result.error is None, result.error
+        self._copying_s.append(result.elapsed_s)
 
     def check(self, shape: Shape) -> None:
         """What offload brought to the pool is what the caches hold, in the first and the last block."""

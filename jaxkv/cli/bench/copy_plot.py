@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from jaxkv.cli.bench.copy_contenders import JAXKV, ROOF
+from jaxkv.cli.bench.copy_contenders import COPYING, JAXKV, ROOF
 from jaxkv.cli.bench.copy_measure import CopyFigures, CopyResult
 from jaxkv.cli.bench.copy_report import page_name, tables_of, title_of
 from jaxkv.cli.bench.series import tenths
@@ -35,6 +35,8 @@ def _draw(axes: Any, results: Sequence[CopyResult]) -> None:
             style |= {"color": "#2563eb", "lw": 3, "ms": 6, "zorder": 3}
         elif name == ROOF:
             style |= {"color": "#111827", "ls": "--", "marker": ""}
+        elif name == COPYING:
+            style |= {"color": "#2563eb", "ls": ":", "marker": ""}
         else:
             style["color"] = next(colours)
         _draw_line(axes, results, name, style)

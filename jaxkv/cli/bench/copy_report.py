@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jaxkv.cli.bench.copy_caches import SMALLEST_PAGE
-from jaxkv.cli.bench.copy_contenders import JAXKV
+from jaxkv.cli.bench.copy_contenders import COPYING, JAXKV
 from jaxkv.cli.bench.copy_measure import CopyFigures, CopyResult, size_name
 from jaxkv.cli.bench.series import Ratio
 from jaxkv.cli.bench.show import add_ratios, make_table
@@ -56,7 +56,8 @@ def title_of(result: CopyResult) -> str:
 def _rates(results: Sequence[CopyResult]) -> Table:
     columns = [page_name(result) for result in results]
     table = make_table("GB/s by page size", title_of(results[0]), columns)
-    for name in results[0].seconds:
+    names = [name for name in results[0].seconds if name not in (JAXKV, COPYING)]
+    for name in (JAXKV, COPYING, *names):
         style = "bold" if name == JAXKV else None
         table.add_row(escape(name), *(f"{result.gb_per_s(name):.1f}" for result in results), style=style)
     return table
@@ -65,7 +66,7 @@ def _rates(results: Sequence[CopyResult]) -> Table:
 def _ratios(results: Sequence[CopyResult], strided: Sequence[Ratio | None]) -> Table:
     table = make_table("", "how many times faster than", [page_name(result) for result in results])
     for name in results[0].seconds:
-        if name != JAXKV:
+        if name not in (JAXKV, COPYING):
             add_ratios(table, name, [result.ratio(name) for result in results])
     if any(strided):
         add_ratios(table, f"whole pages of {size_name(SMALLEST_PAGE)}", strided)
