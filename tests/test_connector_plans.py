@@ -7,6 +7,7 @@ import pytest
 from connector_loop import BLOCK, STATE_BLOCK, LoopRequest, hybrid_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loop_model import make_config
 
 from jaxkv.connector.chunks import ChunkedCaches
 from jaxkv.connector.jobs import device_blocks
@@ -20,6 +21,7 @@ from jaxkv.keys import GroupId, get_offload_block_hash, get_offload_group
 from jaxkv.offload import OffloadPolicy, ReqContext
 from jaxkv.spec import (
     ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
     MLAAttentionSpec,
@@ -89,6 +91,14 @@ def test_key_of_a_chunk_names_the_prefix_that_ends_with_it():
     (key,) = CACHES.keys(REQUEST.block_hashes, STATE, range(1, 2))
     assert get_offload_block_hash(key) == REQUEST.block_hashes[2 * STATE_BLOCK // BLOCK - 1]
     assert get_offload_group(key) == STATE
+
+
+def test_chunk_of_a_drafter_has_a_name_one_link_later():
+    config = make_config({"full": 1, "window": 1}, drafter="window", tokens_per_hash=2)
+    named = ChunkedCaches(config, 1).num_named_chunks
+    num_tokens = (0, 1, 3, 4, 5, 6, 8, 9, 10)
+    assert [named(FULL, count) for count in num_tokens] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [named(WINDOW, count) for count in num_tokens] == [0, 0, 0, 0, 0, 1, 1, 1, 2]
 
 
 def test_only_complete_chunks_within_the_limit_are_stored():
@@ -270,10 +280,12 @@ def test_drafted_tokens_that_were_rejected_do_not_count():
 @given(st.integers(1, 60), st.sampled_from([4, 8, 12]), st.integers(1, 30))
 def test_groups_said_to_keep_all_need_every_chunk(window, block_size, interval_in_chunks):
     spec = SlidingWindowSpec(block_size, 1, 1, np.int64, sliding_window=window)
-    caches = ChunkedCaches(KVCacheConfig((KVCacheGroupSpec(("w",), spec, 9),)), 1)
+    full = FullAttentionSpec(block_size, 1, 1, np.int64)
+    groups = (KVCacheGroupSpec(("f",), full, 9), KVCacheGroupSpec(("w",), spec, 9))
+    caches = ChunkedCaches(KVCacheConfig(groups), 1)
     retention = Retention.of(caches, interval_in_chunks * block_size)
     needs = Boundaries(retention).needs
-    assert retention.keeps_all == (all(needs(caches.hit_groups[0], chunk) for chunk in range(40, 80)),)
+    assert retention.keeps_all == (True, all(needs(caches.hit_groups[1], chunk) for chunk in range(40, 80)))
 
 
 @pytest.mark.parametrize(("previous", "complete", "is_stored"), [(8, 12, True), (12, 14, False)])
