@@ -7,6 +7,7 @@ from loop_model import make_config
 
 from jaxkv.connector import OffloadingConfig, OffloadingConnector, SchedulerOutput
 from jaxkv.connector.chunks import ChunkedCaches
+from jaxkv.connector.jobs import JobKind, JobTable
 from jaxkv.connector.metadata import OffloadingConnectorMetadata
 from jaxkv.connector.metrics import Metrics
 from jaxkv.connector.spans import PlannedSpan, block_ids, shrinking_prefixes, tail_span, whole_span
@@ -76,7 +77,10 @@ class FullWorker:
     """Takes one job at a time; the next is an error until ``has_room`` is set."""
 
     def __init__(self):
-        self.submitted, self.has_room = [], True
+        self.submitted, self.has_room, self.cancelled = [], True, []
+
+    def cancel(self, job_ids):
+        self.cancelled += job_ids
 
     def submit_load(self, job, kv_caches):
         if not self.has_room:
@@ -102,6 +106,38 @@ def test_each_job_is_submitted_once_though_a_step_breaks_off_between_two_of_them
         backend.has_room = True
         submit(metadata, {})
     assert backend.submitted == [0, 1, 2]
+
+
+def test_loads_that_nobody_waits_for_are_called_off_before_anything_is_submitted():
+    backend = FullWorker()
+    backend.has_room = False
+    metadata = OffloadingConnectorMetadata((TransferJob(9, "r", [], Nowhere()),), cancelled=(3, 4))
+    with pytest.raises(MemoryError):
+        OffloadingConnectorWorker(backend).submit_stores(metadata, {})
+    assert backend.cancelled == [3, 4]
+
+
+FINE, FAILED = JobResult(0, 1, 1.0), JobResult(0, 0, 1.0, "no disk")
+CALLED_OFF = JobResult(0, 0, 1.0, "called off", cancelled=True)
+
+
+@pytest.mark.parametrize(
+    ("reports", "is_cancelled"),
+    [
+        ([FINE, FINE], False),
+        ([FINE, CALLED_OFF], True),
+        ([CALLED_OFF, CALLED_OFF], True),
+        ([CALLED_OFF, FAILED], False),
+        ([FAILED, FINE], False),
+    ],
+)
+def test_job_of_several_workers_was_called_off_if_one_called_it_off_and_none_failed(reports, is_cancelled):
+    table = JobTable(2)
+    table.start(JobKind.LOAD, CTX, [], [], Nowhere())
+    assert table.report(reports[0]) is None
+    _, result = table.report(reports[1])
+    assert result.cancelled is is_cancelled
+    assert (result.error is None) == (reports == [FINE, FINE])
 
 
 # -- spans ------------------------------------------------------------------------------------------------

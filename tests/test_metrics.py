@@ -91,6 +91,13 @@ def test_a_failed_load_counts_its_chunks_and_its_time_but_no_bytes(metrics):
     assert (stats.load_seconds, stats.loaded_bytes, stats.load_sizes.num_values) == (0.25, 0, 0)
 
 
+def test_a_load_that_was_called_off_counts_its_time_alone(metrics):
+    metrics.job_ended(make_job(JobKind.LOAD), JobResult(0, 0, 0.25, "called off", cancelled=True))
+    stats = metrics.snapshot(None)
+    assert stats.groups == Metrics(ChunkedCaches(CONFIG, 1)).snapshot(None).groups
+    assert (stats.load_seconds, stats.load_sizes.num_values) == (0.25, 0)
+
+
 def test_skips_are_counted_by_reason_and_in_bulk(metrics):
     metrics.skipped(GroupId(1), SkipReason.HELD, 8192)
     metrics.skipped(GroupId(1), SkipReason.HELD)

@@ -18,6 +18,7 @@ from jaxkv.offload.host_worker import HostOffloadingWorker, _RunningJob
 from jaxkv.offload.policies import CachePolicy, find_policy
 from jaxkv.spec import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from jaxkv.testing.fake_pool import FakePool
+from jaxkv.transfer.ticket import TransferResult
 
 CTX = ReqContext("r")
 CONFIG = KVCacheConfig((KVCacheGroupSpec(("a",), FullAttentionSpec(4, 1, 8, np.float32), 6),))
@@ -119,20 +120,20 @@ def test_pages_of_another_size_are_named_with_the_remedy(made):
 
 
 class AskedTransfer:
-    """Notes who was waited for."""
+    """Notes who was waited for, and what was called off."""
 
     def __init__(self):
-        self.waited = []
+        self.waited, self.cancelled = [], []
 
     def warm_up(self, kv_caches, max_blocks):
         return (kv_caches, max_blocks, "warm")
 
-    def ticket(self, name, error=None):
+    def ticket(self, name, error=None, *, cancelled=False):
         def wait():
             self.waited.append(name)
-            return SimpleNamespace(num_bytes=1, elapsed_s=0.5, error=error)
+            return TransferResult(1, 0.5, error, cancelled)
 
-        return SimpleNamespace(done=lambda: True, wait=wait)
+        return SimpleNamespace(done=lambda: True, wait=wait, cancel=lambda: self.cancelled.append(name))
 
 
 def test_worker_waits_for_the_jobs_it_is_asked_for_and_no_other():
@@ -152,3 +153,34 @@ def test_reasons_of_a_job_that_failed_twice_are_told_both():
     worker._running[0] = _RunningJob(0, tickets)
     (result,) = worker.get_finished()
     assert (result.error, result.num_bytes, result.elapsed_s) == ("first; second", 3, 1.5)
+
+
+CALLED_OFF = {"error": "called off", "cancelled": True}
+
+
+@pytest.mark.parametrize(
+    ("ends", "refused", "is_cancelled"),
+    [
+        ([{}], None, False),
+        ([CALLED_OFF], None, True),
+        ([{}, CALLED_OFF], None, True),
+        ([{"error": "no disk"}, CALLED_OFF], None, False),
+        ([CALLED_OFF], "no such block", False),
+    ],
+)
+def test_job_was_called_off_if_some_of_it_was_and_nothing_went_wrong(ends, refused, is_cancelled):
+    transfer = AskedTransfer()
+    worker = HostOffloadingWorker(transfer, 1)
+    tickets = [transfer.ticket(number, **end) for number, end in enumerate(ends)]
+    worker._running[0] = _RunningJob(0, tickets, refused)
+    (result,) = worker.get_finished()
+    assert result.cancelled is is_cancelled
+
+
+def test_every_group_of_the_jobs_named_is_called_off_and_of_no_other():
+    transfer = AskedTransfer()
+    worker = HostOffloadingWorker(transfer, 1)
+    for job_id in range(3):
+        worker._running[job_id] = _RunningJob(job_id, [transfer.ticket((job_id, group)) for group in "ab"])
+    worker.cancel([5, 0, 2])
+    assert transfer.cancelled == [(0, "a"), (0, "b"), (2, "a"), (2, "b")]

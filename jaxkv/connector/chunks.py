@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never, final
 
-from jaxkv.errors import ConfigError
 from jaxkv.hits import HitGroup, cut_chunk
 from jaxkv.keys import BlockHash, GroupId, KeyRun
 from jaxkv.spec import (
@@ -56,8 +55,6 @@ class ChunkedCaches:
     _chunk_tokens: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.blocks_per_chunk < 1:
-            raise ConfigError(f"blocks_per_chunk must be at least 1, got {self.blocks_per_chunk}")
         groups = tuple(HitGroup(g.spec, g.block_size * self.blocks_per_chunk) for g in self.config.groups)
         object.__setattr__(self, "hit_groups", groups)
         object.__setattr__(self, "groups", tuple(map(GroupId, range(len(groups)))))
