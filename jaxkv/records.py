@@ -6,7 +6,7 @@ their parts one after another, or, where pages are portable, the page of the uns
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import final
@@ -48,6 +48,19 @@ class GroupPages:
     block_bytes: int
     record_bytes: int
     clear_from: int
+
+    def of_leaves(self, leaves: Collection[int]) -> GroupPages:
+        """What stands in these leaves alone, at the same places of the record."""
+        kept = [place for place, leaf in enumerate(self.leaves) if leaf in leaves]
+        placements = tuple(placement for placement in self.placements if placement.leaf in leaves)
+        return replace(
+            self,
+            placements=placements,
+            leaves=tuple(self.leaves[place] for place in kept),
+            leaf_shapes=tuple(self.leaf_shapes[place] for place in kept),
+            block_axes=tuple(self.block_axes[place] for place in kept),
+            block_bytes=sum(placement.plan.page_bytes for placement in placements),
+        )
 
 
 Holders = tuple[tuple[tuple[int, ...], ...], ...]

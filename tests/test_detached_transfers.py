@@ -202,6 +202,46 @@ def test_a_transfer_called_off_before_it_began_moves_nothing_and_says_so(pool: H
 
 
 @pytest.mark.usefixtures("all_detached")
+@pytest.mark.parametrize("case", LAYOUT_CASES, ids=str)
+def test_layer_by_layer_the_same_bytes_come_back(case: LayoutCase, pool: HostPool) -> None:
+    kv_caches, target = case.build(1), case.build(2)
+    canonical = canonicalize(kv_caches, case.config, case.hints)
+    transfer = BlockTransfer(canonical, pool, layerwise=True)
+    source, expected = numpy_copy(kv_caches), numpy_copy(target)
+    for group in map(GroupId, range(len(canonical.groups))):
+        ids = np.random.default_rng(1).permutation(canonical.groups[group].num_blocks)[:5]
+        with transfer.reserve(group, len(ids)) as slots:
+            transfer.offload(kv_caches, group, ids, slots)
+            target, ticket = transfer.restore(target, group, ids[::-1], slots)
+            result = ticket.wait()
+            assert result.error is None
+            assert result.num_bytes == len(ids) * canonical.groups[group].block_bytes
+            for block, place in zip(ids, ids[::-1], strict=True):
+                case.poke(expected, group, int(place), case.oracle(source, group, int(block)))
+    assert_same_caches(target, expected)
+    assert transfer.num_copied_leaves == 0
+
+
+@pytest.mark.usefixtures("all_detached")
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_a_layer_is_there_before_the_next_only_if_loads_go_layer_by_layer(
+    layerwise: bool, pool: HostPool
+) -> None:
+    kv_caches, canonical = make_caches()
+    transfer = BlockTransfer(canonical, pool, layerwise=layerwise)
+    kv_caches = transfer.warm_up(kv_caches, 4)
+    slots = transfer.reserve(GROUP, 4).keep()
+    transfer.offload(kv_caches, GROUP, range(4), slots).wait()
+    late = {**kv_caches, "layer.2": late_copy(kv_caches["layer.2"])}
+    restored, ticket = transfer.restore(late, GROUP, range(4), slots)
+    restored["layer.1"].block_until_ready()
+    assert restored["layer.0"].is_ready()
+    assert restored["layer.2"].is_ready() != layerwise
+    assert ticket.wait().error is None
+    transfer.release(slots)
+
+
+@pytest.mark.usefixtures("all_detached")
 def test_what_is_deleted_after_an_offload_was_read_before(pool: HostPool) -> None:
     kv_caches, canonical = make_caches()
     transfer = BlockTransfer(canonical, pool)

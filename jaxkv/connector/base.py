@@ -191,7 +191,11 @@ class KVConnectorBase(ABC):
         """Submit the loads of the step. The arrays passed in are consumed."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Layer-wise hook of vLLM; a jitted step waits for all its caches, so nothing is left to do."""
+        """Layer-wise hook of vLLM. Nothing is left to do: a program waits for the caches it is given.
+
+        A step that is one program waits for all of them. One dispatched layer by layer waits for those of one
+        layer at a time, which arrive one after another with the option ``layerwise_loads``.
+        """
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any) -> None:
         """Layer-wise hook of vLLM; stores are submitted per step, so nothing is left to do."""

@@ -27,6 +27,7 @@ class OffloadingConfig:
     ``transfer_backend``: how pages are copied, see ``BlockTransfer``.
     ``portable_pages``: keep pages as if no device shared them, so that other meshes can restore them.
     ``data_shard``: which part of block axes split over a mesh this connector serves; one connector for each.
+    ``layerwise_loads``: load layer after layer, for models that are dispatched layer by layer.
     ``enable_events``: collect events for ``take_events``.
     ``self_describing_events``: events of stored chunks carry parent, tokens and extra keys as well, which the
     connector remembers for every chunk the backend holds.
@@ -44,6 +45,7 @@ class OffloadingConfig:
     transfer_backend: str = "auto"
     portable_pages: bool = False
     data_shard: int = 0
+    layerwise_loads: bool = False
     enable_events: bool = False
     self_describing_events: bool = False
     backend_options: Mapping[str, Any] = field(default_factory=dict)

@@ -276,6 +276,7 @@ def _make_spec(config: OffloadingConfig, kv_cache_config: KVCacheConfig, hints: 
         transfer_backend=config.transfer_backend,
         portable_pages=config.portable_pages,
         data_shard=config.data_shard,
+        layerwise_loads=config.layerwise_loads,
         enable_events=config.enable_events,
         extra=config.backend_options,
     )

@@ -83,6 +83,7 @@ class HostOffloadingSpec(OffloadingSpec):
             blocks_per_chunk=options.blocks_per_chunk,
             backend=options.transfer_backend,
             data_shard=options.data_shard,
+            layerwise=options.layerwise_loads,
         )
         return HostOffloadingWorker(transfer, options.blocks_per_chunk)
 

@@ -15,9 +15,9 @@ from jaxkv.spec import KVCacheConfig
 class BackendOptions:
     """What every backend is made from.
 
-    ``hints`` and ``portable_pages`` are for ``canonicalize``, ``transfer_backend`` and ``data_shard`` for
-    ``BlockTransfer``; ``store_threshold`` is how often a chunk must have been asked for before it is stored;
-    ``extra`` is the backend's own business.
+    ``hints`` and ``portable_pages`` are for ``canonicalize``, ``transfer_backend``, ``data_shard`` and
+    ``layerwise_loads`` for ``BlockTransfer``; ``store_threshold`` is how often a chunk must have been asked
+    for before it is stored; ``extra`` is the backend's own business.
     """
 
     kv_cache_config: KVCacheConfig
@@ -29,5 +29,6 @@ class BackendOptions:
     transfer_backend: str = "auto"
     portable_pages: bool = False
     data_shard: int = 0
+    layerwise_loads: bool = False
     enable_events: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)

@@ -34,11 +34,12 @@ class PageMover(ABC):
         """Start copying blocks in. Consumes ``leaves``; returns the new ones and the status to come."""
 
     @abstractmethod
-    def warm_up(self, leaves: Leaves, num_entries: int) -> list[jax.Array]:
-        """Compile every program that transfers padded to ``num_entries`` may run. Moves nothing.
+    def warm_up_offload(self, leaves: Leaves, num_entries: int) -> None:
+        """Compile every program that offloads padded to ``num_entries`` may run."""
 
-        Consumes ``leaves``; returns the same bytes.
-        """
+    @abstractmethod
+    def warm_up_restore(self, leaves: Leaves, num_entries: int) -> list[jax.Array]:
+        """Compile every program that such restores may run. Consumes ``leaves``; returns the same bytes."""
 
 
 class TransferBackend(ABC):
@@ -105,12 +106,13 @@ class XlaMover(PageMover):
         written, status = self.write_program(staging, entries.block_ids, *leaves)
         return written, status
 
-    def warm_up(self, leaves: Leaves, num_entries: int) -> list[jax.Array]:
+    def warm_up_offload(self, leaves: Leaves, num_entries: int) -> None:
         """See ``PageMover``."""
-        nothing = no_entries(num_entries)
-        self.offload(leaves, nothing)
-        written, _ = self.restore(leaves, nothing)
-        return written
+        self.offload(leaves, no_entries(num_entries))
+
+    def warm_up_restore(self, leaves: Leaves, num_entries: int) -> list[jax.Array]:
+        """See ``PageMover``."""
+        return self.restore(leaves, no_entries(num_entries))[0]
 
     def _records(self, entries: Entries) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
         """The index and the place in the pool of every entry that is not skipped."""

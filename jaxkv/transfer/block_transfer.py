@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -87,6 +88,10 @@ class BlockTransfer:
     that this process drives. Transfers may be started from several threads. Whatever is refused raises before
     anything is dispatched and leaves the caches usable.
 
+    With ``layerwise`` a restore is a program for each layer, in the order of the config, so that a model
+    dispatched layer by layer begins before the last layer is there. A model that is one program waits for all
+    its leaves either way.
+
     Raises ``ConfigError`` for options that cannot work and ``NativeError`` for a backend this build
     does not have.
     """
@@ -99,6 +104,7 @@ class BlockTransfer:
         backend: str = "auto",
         *,
         data_shard: int = 0,
+        layerwise: bool = False,
     ) -> None:
         if not isinstance(blocks_per_chunk, int | np.integer) or blocks_per_chunk < 1:
             raise ConfigError(
@@ -108,8 +114,11 @@ class BlockTransfer:
         self.pool = pool
         self.blocks_per_chunk = blocks_per_chunk
         self.backend = make_backend(backend, pool)
-        self.movers = _make_movers(self.backend, canonical, data_shard)
+        self.movers = _make_movers(self.backend, canonical, data_shard, layerwise=layerwise)
         self._generation = int(pool.token()[0])
+        # XLA's CPU client runs what one thread launches one after another, so that layers launched here would
+        # keep the caller's programs waiting until the last of them is there.
+        self._launcher = ThreadPoolExecutor(1, "jaxkv-restore") if layerwise else None
         self._lock = threading.Lock()
         self._under_way: set[Ticket] = set()
         self._num_copied_leaves = 0
@@ -261,7 +270,10 @@ class BlockTransfer:
         self, kv_caches: KVCaches, group: GroupId, leaves: Mapping[int, jax.Array], entries: Entries
     ) -> tuple[KVCaches, list[Move]]:
         try:
-            written, moves = self.movers[group].restore(leaves, entries)
+            if self._launcher is None:
+                written, moves = self.movers[group].restore(leaves, entries)
+            else:
+                written, moves = self._launcher.submit(self.movers[group].restore, leaves, entries).result()
         except jax.errors.JaxRuntimeError:
             _require_distinct_buffers(list(leaves.values()))
             raise
@@ -318,9 +330,13 @@ def make_backend(name: str, pool: AnyPool) -> TransferBackend:
             raise ConfigError(f"unknown backend {name!r}; use 'auto', 'cpu', 'xla' or 'cuda'")
 
 
-def _make_movers(backend: TransferBackend, canonical: CanonicalKVCaches, data_shard: int) -> list[GroupMover]:
+def _make_movers(
+    backend: TransferBackend, canonical: CanonicalKVCaches, data_shard: int, *, layerwise: bool
+) -> list[GroupMover]:
     movers = []
-    for local, record in zip(canonical.groups, canonical.records, strict=True):
+    for group, local, record in zip(
+        canonical.config.groups, canonical.groups, canonical.records, strict=True
+    ):
         if not 0 <= data_shard < record.num_data_shards:
             raise ConfigError(
                 f"there is no data shard {data_shard}; the block axes of the caches are split into "
@@ -328,8 +344,19 @@ def _make_movers(backend: TransferBackend, canonical: CanonicalKVCaches, data_sh
             )
         sharding = canonical.positions.unique[local.leaves[0]].sharding
         devices = () if sharding is None else tuple(sharding.addressable_devices)
-        movers.append(make_group_mover(backend, record, data_shard, devices))
+        waves = _leaves_by_layer(canonical, group.layer_names) if layerwise else ()
+        movers.append(make_group_mover(backend, record, data_shard, devices, waves))
     return movers
+
+
+def _leaves_by_layer(canonical: CanonicalKVCaches, layer_names: Sequence[str]) -> list[list[int]]:
+    """The leaves of each layer, by index, without those of layers before."""
+    seen: set[int] = set()
+    waves = []
+    for name in layer_names:
+        waves.append([leaf for leaf in canonical.positions.of_layer[name] if leaf not in seen])
+        seen.update(waves[-1])
+    return waves
 
 
 def _require_distinct_buffers(leaves: Sequence[jax.Array]) -> None:

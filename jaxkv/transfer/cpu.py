@@ -76,14 +76,15 @@ class CpuMover(PageMover):
             (status, written), _ = self.detached_write(entries.numbers, *leaves)
         return written, status
 
-    def warm_up(self, leaves: Leaves, num_entries: int) -> list[jax.Array]:
+    def warm_up_offload(self, leaves: Leaves, num_entries: int) -> None:
         """See ``PageMover``."""
-        nothing = no_entries(num_entries)
+        for entries in _both_ways(num_entries):
+            self.offload(leaves, entries)
+
+    def warm_up_restore(self, leaves: Leaves, num_entries: int) -> list[jax.Array]:
+        """See ``PageMover``."""
         written = list(leaves)
-        # Of the entries any number may be skipped, so transfers of one length may run either way.
-        for num_blocks in (1, num_entries):
-            entries = Entries(nothing.numbers, num_blocks)
-            self.offload(written, entries)
+        for entries in _both_ways(num_entries):
             written, _ = self.restore(written, entries)
         return written
 
@@ -92,6 +93,12 @@ class CpuMover(PageMover):
 
     def _write(self, numbers: jax.Array, *leaves: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         return ops.write_blocks(self._pool, numbers, leaves, self._pages)
+
+
+def _both_ways(num_entries: int) -> tuple[Entries, Entries]:
+    """Nothing to move, passed off as the least and the most there may be, since any entry may be skipped."""
+    numbers = no_entries(num_entries).numbers
+    return Entries(numbers, 1), Entries(numbers, num_entries)
 
 
 def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import zip_longest
 from typing import final
 
 import jax
@@ -17,6 +19,9 @@ from jaxkv.transfer.backends import PageMover, TransferBackend
 from jaxkv.transfer.checks import Entries, only_device
 from jaxkv.transfer.status import make_status
 from jaxkv.transfer.ticket import Move, Status
+
+Waves = Sequence[Collection[int]]
+"""Leaves, by index, that one program restores, and then those of the next. Without waves one restores all."""
 
 _log = logging.getLogger(__name__)
 
@@ -43,10 +48,11 @@ class GroupMover(ABC):
 class OneDeviceMover(GroupMover):
     """Leaves that lie whole on one device."""
 
-    def __init__(self, backend: TransferBackend, pages: GroupPages) -> None:
+    def __init__(self, backend: TransferBackend, pages: GroupPages, waves: Waves) -> None:
         self._backend = backend
         self._pages = pages
         self.mover = backend.mover(pages)
+        self._waves = [(part, backend.mover(part)) for part in _cut(pages, waves)]
         self._seen_shardings: list[jax.sharding.Sharding] = []
 
     def offload(self, leaves: Mapping[int, jax.Array], entries: Entries) -> list[Move]:
@@ -58,15 +64,28 @@ class OneDeviceMover(GroupMover):
         self, leaves: Mapping[int, jax.Array], entries: Entries
     ) -> tuple[dict[int, jax.Array], list[Move]]:
         """See ``GroupMover``."""
-        given = self._reachable(leaves)
-        written, status = self.mover.restore(given, entries)
-        move = Move(status, entries, self._pages.block_bytes, _count_alive(given))
-        return dict(zip(self._pages.leaves, written, strict=True)), [move]
+        self._reachable(leaves)
+        written, moves = dict(leaves), list[Move]()
+        with _waits_if_broken_off(moves):
+            for pages, mover in self._waves:
+                given = [leaves[index] for index in pages.leaves]
+
+                def describe(status: Status, num_copied: int, pages: GroupPages = pages) -> Move:
+                    return Move(status, entries, pages.block_bytes, num_copied)
+
+                written.update(
+                    zip(pages.leaves, _restore(mover, given, entries, moves, describe), strict=True)
+                )
+        return written, moves
 
     def warm_up(self, leaves: Mapping[int, jax.Array], num_entries: int) -> dict[int, jax.Array]:
         """See ``GroupMover``."""
-        written = self.mover.warm_up(self._reachable(leaves), num_entries)
-        return dict(zip(self._pages.leaves, written, strict=True))
+        self.mover.warm_up_offload(self._reachable(leaves), num_entries)
+        written = dict(leaves)
+        for pages, mover in self._waves:
+            given = [leaves[index] for index in pages.leaves]
+            written.update(zip(pages.leaves, mover.warm_up_restore(given, num_entries), strict=True))
+        return written
 
     def _reachable(self, leaves: Mapping[int, jax.Array]) -> list[jax.Array]:
         given = [leaves[index] for index in self._pages.leaves]
@@ -96,7 +115,12 @@ class Station:
         """Those of ``parts``, by leaf index and device, that it moves."""
         return [parts[index][self.device_id] for index in self.pages.leaves]
 
-    def move(self, status: Status, entries: Entries, num_copied_leaves: int = 0) -> Move:
+    def cut(self, backend: TransferBackend, waves: Waves) -> list[Station]:
+        """The same part leaf by leaf, as ``waves`` say."""
+        parts = _cut(self.pages, waves)
+        return [replace(self, pages=pages, mover=backend.mover(pages)) for pages in parts]
+
+    def move(self, status: Status, num_copied_leaves: int = 0, *, entries: Entries) -> Move:
         """What its program did, told with the device's number."""
         where = f"device {self.device_id}"
         return Move(status, entries, self.pages.block_bytes, num_copied_leaves, where)
@@ -113,7 +137,12 @@ class MeshMover(GroupMover):
     """
 
     def __init__(
-        self, backend: TransferBackend, record: GroupRecord, data_shard: int, devices: Sequence[jax.Device]
+        self,
+        backend: TransferBackend,
+        record: GroupRecord,
+        data_shard: int,
+        devices: Sequence[jax.Device],
+        waves: Waves,
     ) -> None:
         for device in devices:
             backend.require_reachable(device)
@@ -131,6 +160,10 @@ class MeshMover(GroupMover):
                 f"data shard {data_shard} of the caches lies on no device of process {jax.process_index()}; "
                 "move it in the processes that hold it"
             )
+        by_station = [station.cut(backend, waves) for station in self.stations]
+        self._waves = [
+            station for wave in zip_longest(*by_station) for station in wave if station is not None
+        ]
 
     def offload(self, leaves: Mapping[int, jax.Array], entries: Entries) -> list[Move]:
         """See ``GroupMover``."""
@@ -140,31 +173,20 @@ class MeshMover(GroupMover):
             for station in self.stations:
                 mine = station.take_turn(entries)
                 if mine.num_blocks:
-                    moves.append(station.move(station.mover.offload(station.leaves(parts), mine), mine))
+                    status = station.mover.offload(station.leaves(parts), mine)
+                    moves.append(station.move(status, entries=mine))
         return moves
 
     def restore(
         self, leaves: Mapping[int, jax.Array], entries: Entries
     ) -> tuple[dict[int, jax.Array], list[Move]]:
-        """See ``GroupMover``.
-
-        Once a device has given up its leaves, an error of another is a failed move and not raised: what can
-        still be put together would be lost with it.
-        """
+        """See ``GroupMover``."""
         parts = {index: _take_apart(leaf) for index, leaf in leaves.items()}
         moves: list[Move] = []
         with _waits_if_broken_off(moves):
-            for station in self.stations:
-                given = station.leaves(parts)
-                try:
-                    written, status = station.mover.restore(given, entries)
-                except Exception:
-                    if not moves or _count_alive(given) < len(given):
-                        raise
-                    _log.exception("device %d could not restore its part of a block", station.device_id)
-                    moves.append(station.move(make_status(), entries))
-                    continue
-                moves.append(station.move(status, entries, _count_alive(given)))
+            for station in self._waves:
+                given, describe = station.leaves(parts), partial(station.move, entries=entries)
+                written = _restore(station.mover, given, entries, moves, describe)
                 for index, leaf in zip(station.pages.leaves, written, strict=True):
                     parts[index][station.device_id] = leaf
         return _put_together(leaves, parts), moves
@@ -173,10 +195,43 @@ class MeshMover(GroupMover):
         """See ``GroupMover``."""
         parts = {index: _take_apart(leaf) for index, leaf in leaves.items()}
         for station in self.stations:
-            written = station.mover.warm_up(station.leaves(parts), num_entries)
+            station.mover.warm_up_offload(station.leaves(parts), num_entries)
+        for station in self._waves:
+            written = station.mover.warm_up_restore(station.leaves(parts), num_entries)
             for index, leaf in zip(station.pages.leaves, written, strict=True):
                 parts[index][station.device_id] = leaf
         return _put_together(leaves, parts)
+
+
+def _cut(pages: GroupPages, waves: Waves) -> list[GroupPages]:
+    """``pages`` by ``waves``, without those that hold none of its leaves."""
+    if len(waves) <= 1:
+        return [pages]
+    return [part for wave in waves if (part := pages.of_leaves(wave)).leaves]
+
+
+def _restore(
+    mover: PageMover,
+    given: list[jax.Array],
+    entries: Entries,
+    moves: list[Move],
+    describe: Callable[[Status, int], Move],
+) -> list[jax.Array]:
+    """Copies blocks into ``given`` and adds the move, told by its status and how many leaves were copied.
+
+    Once another program has consumed leaves, an error is a failed move and not raised: the others would be
+    lost with it.
+    """
+    try:
+        written, status = mover.restore(given, entries)
+    except Exception:
+        if not moves or _count_alive(given) < len(given):
+            raise
+        _log.exception("a part of a block could not be restored")
+        moves.append(describe(make_status(), 0))
+        return given
+    moves.append(describe(status, _count_alive(given)))
+    return written
 
 
 @contextmanager
@@ -191,12 +246,16 @@ def _waits_if_broken_off(moves: Sequence[Move]) -> Iterator[None]:
 
 
 def make_group_mover(
-    backend: TransferBackend, record: GroupRecord, data_shard: int, devices: Sequence[jax.Device]
+    backend: TransferBackend,
+    record: GroupRecord,
+    data_shard: int,
+    devices: Sequence[jax.Device],
+    waves: Waves = (),
 ) -> GroupMover:
     """The mover of a group: ``devices`` are those of this process that hold parts of it."""
     if not record.is_spread:
-        return OneDeviceMover(backend, record.parts[0].shards[0])
-    return MeshMover(backend, record, data_shard, devices)
+        return OneDeviceMover(backend, record.parts[0].shards[0], waves)
+    return MeshMover(backend, record, data_shard, devices, waves)
 
 
 def _count_alive(donated: Sequence[jax.Array]) -> int:
