@@ -169,6 +169,17 @@ def test_state_is_stored_only_at_a_boundary_where_a_step_ended(complete, expecte
     assert {chunk: blocks for (_, chunk), blocks in stored(plan).items()} == expected
 
 
+@pytest.mark.parametrize("boundaries", [every(8), Boundaries(Retention.of(CACHES, None))])
+@pytest.mark.parametrize(
+    ("first", "previous", "complete", "expected"),
+    [(2, 17, 24, [2]), (2, 17, 25, []), (1, 9, 24, [2]), (1, 16, 24, [1, 2]), (0, 9, 24, [2])],
+)
+def test_block_of_a_state_counts_only_where_a_step_ended(boundaries, first, previous, complete, expected):
+    tables = [[1] * 7, [2] * 7, [30, 31, 32, 33]]
+    stay = view(tables, previous, complete, next_chunk=(9, 9, first), boundaries=boundaries)
+    assert chunks_of(plan_stores(CACHES, stay), STATE) == expected
+
+
 def test_slots_of_drafted_tokens_are_never_stored():
     tables = [[1] * 4, [2] * 4, [30, 31, 90, 91]]
     plan = plan_stores(CACHES, view(tables, 8, 16, next_chunk=(4, 4, 0)))
