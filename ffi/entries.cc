@@ -1,20 +1,26 @@
 #include "entries.h"
 
 #include <algorithm>
+#include <functional>
 #include <utility>
 #include <vector>
 
 namespace jaxkv {
+namespace {
 
-std::optional<size_t> FirstOutside(const int64_t* block_ids, size_t n, int64_t num_blocks) {
+// For values that are less than `end`: a bit for each.
+std::optional<size_t> FirstRepeatedBelow(int64_t end, const int64_t* values, size_t n) {
+  std::vector<bool> seen(static_cast<size_t>(std::max<int64_t>(end, 0)));
   for (size_t j = 0; j < n; ++j) {
-    if (block_ids[j] < -1 || block_ids[j] >= num_blocks) return j;
+    if (values[j] < 0) continue;
+    const auto value = static_cast<size_t>(values[j]);
+    if (seen[value]) return j;
+    seen[value] = true;
   }
   return std::nullopt;
 }
 
-std::optional<size_t> FirstRepeated(const int64_t* values, size_t n) {
-  if (n < 2) return std::nullopt;
+std::optional<size_t> FirstRepeatedOfAny(const int64_t* values, size_t n) {
   std::vector<std::pair<int64_t, size_t>> sorted(n);
   for (size_t j = 0; j < n; ++j) sorted[j] = {values[j], j};
   std::sort(sorted.begin(), sorted.end());
@@ -25,6 +31,25 @@ std::optional<size_t> FirstRepeated(const int64_t* values, size_t n) {
     if (!first || index < *first) first = index;
   }
   return first;
+}
+
+}  // namespace
+
+std::optional<size_t> FirstOutside(const int64_t* block_ids, size_t n, int64_t num_blocks) {
+  for (size_t j = 0; j < n; ++j) {
+    if (block_ids[j] < -1 || block_ids[j] >= num_blocks) return j;
+  }
+  return std::nullopt;
+}
+
+std::optional<size_t> FirstRepeated(const int64_t* values, size_t n) {
+  if (n < 2 || std::adjacent_find(values, values + n, std::greater_equal<>()) == values + n) {
+    return std::nullopt;  // As slots come, one behind the other.
+  }
+  const int64_t most = *std::max_element(values, values + n);
+  constexpr int64_t kBitsPerValue = 256;  // Four words of bits a value are still faster than sorting.
+  return most / kBitsPerValue < static_cast<int64_t>(n) ? FirstRepeatedBelow(most + 1, values, n)
+                                                        : FirstRepeatedOfAny(values, n);
 }
 
 int64_t FillEntries(const int64_t* block_ids, size_t n, const int64_t* chunk_addresses, ChunkLayout layout,

@@ -85,34 +85,42 @@ bool SlotPool::IsLive(SlotRef slot) const {
 
 std::optional<size_t> SlotPool::FirstNotLive(const SlotRef* slots, const int64_t* num_bytes, size_t n) const {
   const std::lock_guard lock(mutex_);
+  std::optional<Place> place;
   for (size_t i = 0; i < n; ++i) {
-    if (!HoldsAt(Find(slots[i]), num_bytes[i])) return i;
+    place = Find(slots[i], place);
+    if (!HoldsAt(place, num_bytes[i])) return i;
   }
   return std::nullopt;
 }
 
-bool SlotPool::PinOfSize(const SlotRef* slots, size_t n, int64_t num_bytes) {
+template <typename MayPin>
+bool SlotPool::PinWhere(const SlotRef* slots, size_t n, const MayPin& may_pin) {
   const std::lock_guard lock(mutex_);
+  std::optional<Place> place;
   for (size_t i = 0; i < n; ++i) {
-    if (!HoldsAt(Find(slots[i]), num_bytes)) return false;
+    place = Find(slots[i], place);
+    if (!may_pin(place)) {
+      for (size_t j = 0; j < i; ++j) --At(*Find(slots[j])).pins;
+      return false;
+    }
+    ++At(*place).pins;
   }
-  for (size_t i = 0; i < n; ++i) ++At(*Find(slots[i])).pins;
   return true;
 }
 
+bool SlotPool::PinOfSize(const SlotRef* slots, size_t n, int64_t num_bytes) {
+  return PinWhere(slots, n, [&](const std::optional<Place>& place) { return HoldsAt(place, num_bytes); });
+}
+
 bool SlotPool::Pin(const SlotRef* slots, size_t n) {
-  const std::lock_guard lock(mutex_);
-  for (size_t i = 0; i < n; ++i) {
-    if (!IsLiveAt(Find(slots[i]))) return false;
-  }
-  for (size_t i = 0; i < n; ++i) ++At(*Find(slots[i])).pins;
-  return true;
+  return PinWhere(slots, n, [&](const std::optional<Place>& place) { return IsLiveAt(place); });
 }
 
 void SlotPool::Unpin(const SlotRef* slots, size_t n) {
   const std::lock_guard lock(mutex_);
+  std::optional<Place> place;
   for (size_t i = 0; i < n; ++i) {
-    const std::optional<Place> place = Find(slots[i]);
+    place = Find(slots[i], place);
     if (!place || At(*place).pins == 0) {
       throw std::logic_error("the slot at " + std::to_string(slots[i].offset) + " is not pinned");
     }
@@ -174,17 +182,37 @@ int64_t SlotPool::SlabOf(int64_t offset) const {
   return offset / slab_bytes_;
 }
 
-std::optional<SlotPool::Place> SlotPool::Find(SlotRef slot) const {
-  const auto index = static_cast<uint64_t>(slot.offset / slab_bytes_);
+std::optional<SlotPool::Place> SlotPool::PlaceOf(int64_t offset) const {
+  const auto index = static_cast<uint64_t>(offset / slab_bytes_);
   if (index >= slabs_.size()) return std::nullopt;
   const Slab& slab = slabs_[index];
   if (slab.stride == 0) return std::nullopt;
-  const int64_t within = slot.offset - static_cast<int64_t>(index) * slab_bytes_;
+  const int64_t within = offset - static_cast<int64_t>(index) * slab_bytes_;
   const auto number = static_cast<uint64_t>(within / slab.stride);
   if (number >= slab.num_touched || static_cast<int64_t>(number) * slab.stride != within) return std::nullopt;
-  const Slot& found = slab.slots[number];
-  if (found.state == State::kFree || found.epoch != slot.epoch) return std::nullopt;
   return Place{static_cast<uint32_t>(index), static_cast<uint32_t>(number)};
+}
+
+std::optional<SlotPool::Place> SlotPool::PlaceBehind(Place place, int64_t offset) const {
+  const Slab& slab = slabs_[place.slab];
+  const int64_t slab_begin = place.slab * slab_bytes_;
+  const int64_t number = int64_t{place.slot} + 1;
+  if (number < slab.num_touched && offset == slab_begin + number * slab.stride) {
+    return Place{place.slab, place.slot + 1};
+  }
+  const size_t next = size_t{place.slab} + 1;
+  if (offset == slab_begin + slab_bytes_ && next < slabs_.size() && slabs_[next].num_touched > 0) {
+    return Place{place.slab + 1, 0};
+  }
+  return std::nullopt;
+}
+
+std::optional<SlotPool::Place> SlotPool::Find(SlotRef slot, const std::optional<Place>& near) const {
+  std::optional<Place> place;
+  if (near) place = PlaceBehind(*near, slot.offset);
+  if (!place) place = PlaceOf(slot.offset);
+  if (!place || At(*place).state == State::kFree || At(*place).epoch != slot.epoch) return std::nullopt;
+  return place;
 }
 
 int64_t SlotPool::CountFree(int64_t stride) const {

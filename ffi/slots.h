@@ -133,8 +133,16 @@ class SlotPool {
   // Everything below is called with the mutex held.
   uint32_t CapacityOf(const Slab& slab) const { return static_cast<uint32_t>(slab_bytes_ / slab.stride); }
   Slot& At(Place place) const { return slabs_[place.slab].slots[place.slot]; }
-  // Where a slot lies that is in use, or freed and pinned.
-  std::optional<Place> Find(SlotRef slot) const;
+  // Where the slot at this offset lies, if one there ever was in use.
+  std::optional<Place> PlaceOf(int64_t offset) const;
+  // The same without a division, if it is the slot behind `place`, in its slab or first in the next.
+  std::optional<Place> PlaceBehind(Place place, int64_t offset) const;
+  // Where a slot lies that is in use, or freed and pinned. Slots are mostly named in order: `near` is where
+  // the one before lies.
+  std::optional<Place> Find(SlotRef slot, const std::optional<Place>& near = std::nullopt) const;
+  // Pins slots at places that may be pinned. False, and none is pinned, if one may not.
+  template <typename MayPin>
+  bool PinWhere(const SlotRef* slots, size_t n, const MayPin& may_pin);
   bool IsLiveAt(const std::optional<Place>& place) const { return place && At(*place).state == State::kLive; }
   bool HoldsAt(const std::optional<Place>& place, int64_t num_bytes) const {
     return IsLiveAt(place) && slabs_[place->slab].stride - At(*place).padding == num_bytes;

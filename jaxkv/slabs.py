@@ -32,7 +32,9 @@ def choose_slab_bytes(capacity_bytes: int, slot_sizes: Collection[int]) -> int:
     """The slab size that wastes least of ``capacity_bytes``, where the worst served slot size counts.
 
     A slab holds the largest slot at least once. Where the arena is large enough there are 16 slabs or more,
-    so that sizes can trade them. Raises ``ConfigError`` if the largest slot does not fit at all.
+    so that sizes can trade them; the smaller, the better they can. For one size alone the larger are better:
+    the bookkeeping of their slots lies together. Raises ``ConfigError`` if the largest slot does not fit at
+    all.
     """
     strides = {slot_stride(size) for size in slot_sizes}
     largest = max(strides)
@@ -51,4 +53,6 @@ def choose_slab_bytes(capacity_bytes: int, slot_sizes: Collection[int]) -> int:
         slabs = capacity_bytes // slab_bytes
         return min(slabs * (slab_bytes // stride) * stride for stride in strides)
 
-    return min(fitting, key=lambda slab_bytes: (-usable_bytes(slab_bytes), slab_bytes))
+    most_usable = max(map(usable_bytes, fitting))
+    best = [slab_bytes for slab_bytes in fitting if usable_bytes(slab_bytes) == most_usable]
+    return max(best) if len(strides) == 1 else min(best)
