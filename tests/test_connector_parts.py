@@ -265,6 +265,7 @@ def test_backend_is_told_every_option_of_the_config():
         "transfer_backend": "xla",
         "portable_pages": True,
         "data_shard": 1,
+        "layerwise_loads": True,
         "enable_events": True,
     }
     config = OffloadingConfig(backend=f"{__name__}.Told", backend_options={"path": "/mnt"}, **options)

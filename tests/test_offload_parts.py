@@ -88,6 +88,7 @@ def made(monkeypatch):
         hints={"a": None},
         transfer_backend="xla",
         data_shard=1,
+        layerwise_loads=True,
         portable_pages=True,
         blocks_per_chunk=2,
     )
@@ -101,7 +102,7 @@ def test_worker_is_made_with_what_the_options_say_of_layouts_and_copies(made):
     assert made.canonical == (("caches", CONFIG, {"a": None}), {"portable_pages": True})
     (_, pool), options = made.transfer
     assert pool is made.spec.pool
-    assert options == {"blocks_per_chunk": 2, "backend": "xla", "data_shard": 1}
+    assert options == {"blocks_per_chunk": 2, "backend": "xla", "data_shard": 1, "layerwise": True}
 
 
 def test_pages_that_are_not_portable_are_warned_of_by_layer_and_reason(made, caplog):
