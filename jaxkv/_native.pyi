@@ -203,8 +203,13 @@ def bench_memcpy(
     from_offsets: npt.NDArray[np.int64],
     run_bytes: int,
     num_threads: int,
+    *,
+    streaming: bool = False,
 ) -> None:
-    """Copy runs between two arrays of bytes, one after another in each thread. For benchmarks."""
+    """Copy runs between two arrays of bytes, one after another in each thread. For benchmarks.
+
+    ``streaming`` does not read what it overwrites, where the processor can.
+    """
 
 def copy_loop() -> str:
     """The loop that copies pages: ``avx512``, ``avx2``, ``neon`` or ``portable``.

@@ -22,7 +22,8 @@ with heads before blocks, [2, heads, blocks, tokens, size]: 16 runs of 4 KiB mak
 blocks, not by bytes, so it shows where blocks are small. Several leaves make a block larger.
 
 Beside it, in the same rounds, on leaves and buffers of their own that were touched before:
-  one copy, contiguous     memcpy of as many bytes, one piece a thread: what the memory can do
+  one copy, contiguous     as many bytes in order, by memcpy or by plain streaming stores, whatever is
+                           faster: what the memory can do
   memcpy by page           memcpy of each page, or run, the pages divided among threads
   np.take, a[ids] = b      NumPy, into a buffer (mode="clip") and back
   jit gather ...           leaf.at[ids].get, then: copied to a buffer, or compiled to give memory of kind

@@ -10,8 +10,9 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxkv.cli.bench.copy_caches import GROUP, Shape, fill
-from jaxkv.cli.bench.series import Contender
+from jaxkv.cli.bench.series import Contender, interleave
 from jaxkv.host_pool import HostPool, load_native
 from jaxkv.slots import Slots
 from jaxkv.transfer import BlockTransfer, Ticket
@@ -37,6 +38,8 @@ JIT_PINNED = "jit gather, pinned_host"
 PUT_PINNED = "jit gather + device_put"
 SCATTER = "jit scatter"
 SCATTER_HOST = "jit scatter of host pages"
+
+_PIECES_A_THREAD = 4  # So that a thread that is held up does not hold up all.
 
 _wait: Any = jax.block_until_ready  # jax does not annotate it
 
@@ -89,6 +92,13 @@ class JaxkvSide:
         self._transfer.release(self._slots)
 
 
+class Runs(NamedTuple):
+    """Where runs begin, in bytes of an array."""
+
+    array: npt.NDArray[np.float32]
+    offsets: npt.NDArray[np.int64]
+
+
 @final
 class HostSide:
     """Leaves one after another in memory of XLA, NumPy buffers as large, and copies by the host."""
@@ -101,6 +111,7 @@ class HostSide:
         self.buffers = np.ones_like(self.leaves)
         self._source = np.ones_like(self.leaves)
         self._native = load_native()
+        self._streams: bool | None = None
         runs = shape.run_offsets(block_ids)
         leaf_bytes = self.leaves[0].nbytes
         firsts = np.arange(shape.num_leaves, dtype=np.int64)[:, None] * leaf_bytes
@@ -108,18 +119,29 @@ class HostSide:
         self._in_order = np.arange(len(self._in_leaves), dtype=np.int64) * shape.run_bytes
 
     def copy_contiguous(self) -> None:
-        """As many bytes in one piece a thread, between NumPy arrays."""
-        piece = self._source.nbytes // self._num_threads
-        starts = np.arange(self._num_threads, dtype=np.int64) * piece
-        self._copy(self.buffers, starts, self._source, starts, piece)
+        """As many bytes from one NumPy array to another, in order, in the way that is faster here."""
+        if self._streams is None:
+            ways = [Contender(str(way), partial(self._copy_all, streaming=way)) for way in (True, False)]
+            seconds = interleave(ways, 3)
+            self._streams = min(seconds["True"]) < min(seconds["False"])
+        self._copy_all(streaming=self._streams)
+
+    def _copy_all(self, *, streaming: bool) -> None:
+        """Past the cache in pieces of a MiB, or with ``memcpy`` in one piece a thread."""
+        num_pieces = max(1, self._source.nbytes >> 20) if streaming else self._num_threads
+        piece = self._source.nbytes // num_pieces
+        starts = np.arange(num_pieces, dtype=np.int64) * piece
+        self._copy(Runs(self.buffers, starts), Runs(self._source, starts), piece, streaming=streaming)
 
     def copy_out(self) -> None:
         """``memcpy`` of each page, or each run of it."""
-        self._copy(self.buffers, self._in_order, self.leaves, self._in_leaves, self._shape.run_bytes)
+        runs = Runs(self.buffers, self._in_order), Runs(self.leaves, self._in_leaves)
+        self._copy(*runs, self._shape.run_bytes)
 
     def copy_in(self) -> None:
         """The same to where the pages came from."""
-        self._copy(self.leaves, self._in_leaves, self.buffers, self._in_order, self._shape.run_bytes)
+        runs = Runs(self.leaves, self._in_leaves), Runs(self.buffers, self._in_order)
+        self._copy(*runs, self._shape.run_bytes)
 
     def take(self, num_threads: int) -> None:
         """``np.take`` into the buffer; the ids are divided among threads."""
@@ -145,23 +167,25 @@ class HostSide:
         self._threads.shutdown()
 
     def _divided(self, work: Any, num_threads: int) -> None:
-        cuts = np.linspace(0, len(self._block_ids), num_threads + 1).astype(int).tolist()
+        num_parts = 1 if num_threads == 1 else num_threads * _PIECES_A_THREAD
+        cuts = np.linspace(0, len(self._block_ids), num_parts + 1).astype(int).tolist()
         parts = [slice(a, b) for a, b in pairwise(cuts)]
         if num_threads == 1:
             work(self._block_ids, parts[0])
         else:
             list(self._threads.map(work, [self._block_ids[part] for part in parts], parts))
 
-    def _copy(
-        self,
-        to: npt.NDArray[np.float32],
-        to_offsets: npt.NDArray[np.int64],
-        source: npt.NDArray[np.float32],
-        from_offsets: npt.NDArray[np.int64],
-        run_bytes: int,
-    ) -> None:
-        flat_to, flat_from = (array.reshape(-1).view(np.uint8) for array in (to, source))
-        self._native.bench_memcpy(flat_to, to_offsets, flat_from, from_offsets, run_bytes, self._num_threads)
+    def _copy(self, to: Runs, source: Runs, run_bytes: int, *, streaming: bool = False) -> None:
+        flat_to, flat_source = (runs.array.reshape(-1).view(np.uint8) for runs in (to, source))
+        self._native.bench_memcpy(
+            flat_to,
+            to.offsets,
+            flat_source,
+            source.offsets,
+            run_bytes,
+            self._num_threads,
+            streaming=streaming,
+        )
 
 
 def _writable(array: jax.Array) -> npt.NDArray[np.float32]:

@@ -145,6 +145,9 @@ def _compare_prompts(settings: ServeSettings, spin_s: float, tell: Tell) -> Iter
     model = StandInModel(num_layers=settings.num_layers)
     pair = EnginePair(model, settings.num_prompts, longest, host_blocks=blocks * 3 // 2, moved_blocks=blocks)
     with closing(pair):
+        tell(f"{name}: compiling")
+        for engine in (pair.off, pair.on):  # How many rows decode at once depends on when loads arrive.
+            engine.warmup()
         model.spins = round(settings.step_s / spin_s)
         tell(f"{name}: new ones every time")
 
