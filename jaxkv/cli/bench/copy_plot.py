@@ -34,9 +34,9 @@ def _draw(axes: Any, results: Sequence[CopyResult]) -> None:
         if name == JAXKV:
             style |= {"color": "#2563eb", "lw": 3, "ms": 6, "zorder": 3}
         elif name == ROOF:
-            style |= {"color": "#111827", "ls": "--", "marker": ""}
+            style |= {"color": "#111827", "ls": "--", "marker": "_"}
         elif name == COPYING:
-            style |= {"color": "#2563eb", "ls": ":", "marker": ""}
+            style |= {"color": "#2563eb", "ls": ":", "marker": "_"}
         else:
             style["color"] = next(colours)
         _draw_line(axes, results, name, style)

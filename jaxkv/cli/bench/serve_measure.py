@@ -22,6 +22,7 @@ BLOCK = 16
 OFF, ON = "off", "on"
 _DECODE_AT_LEAST = 0.98
 _REPLY_TOKENS = 16
+_PREFILL_SHAPES = (64, 512)
 
 Prompts = Sequence[Sequence[int]]
 
@@ -69,7 +70,9 @@ class EnginePair:
     ) -> None:
         groups = model.cache_groups(BLOCK, jnp.float32)
         block_bytes = sum(len(names) * page_size_bytes(spec) for names, spec in groups)
-        config = EngineConfig(max_num_seqs=num_seqs, prefill_shapes=(64, 512), prefill_budget=1 << 16)
+        smallest, *larger = _PREFILL_SHAPES
+        shapes = (smallest, *(shape for shape in larger if shape <= max_tokens))
+        config = EngineConfig(max_num_seqs=num_seqs, prefill_shapes=shapes, prefill_budget=1 << 16)
         with ExitStack() as stack:
             engines = []
             for offloading in (None, OffloadingConfig(host_blocks * block_bytes, offload_prompt_only=False)):
