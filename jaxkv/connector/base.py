@@ -180,7 +180,7 @@ class KVConnectorBase(ABC):
 
     @abstractmethod
     def handle_preemptions(self, kv_caches: KVCaches, metadata: KVConnectorMetadata) -> KVCaches:
-        """Submit every store of the step, before anything may overwrite what they read. Always first."""
+        """Submit the stores that must come before anything of the step. Always first."""
 
     @abstractmethod
     def bind_connector_metadata(self, metadata: KVConnectorMetadata) -> None:
@@ -202,7 +202,12 @@ class KVConnectorBase(ABC):
 
     @abstractmethod
     def wait_for_save(self, kv_caches: KVCaches) -> KVCaches:
-        """End of the forward pass. Stores of this step are submitted with the next."""
+        """Submit the other stores of the step, from the caches it returned.
+
+        Best called once the step was dispatched, and before its tokens are waited for. These stores are of
+        blocks that the step leaves alone. Where this is not called, ``handle_preemptions`` of the next step
+        submits them. What the step itself computes is stored by the next.
+        """
 
     @abstractmethod
     def get_finished(self, finished_req_ids: Set[str]) -> tuple[Set[str], Set[str]]:

@@ -67,9 +67,11 @@ class JobTable:
         keys: Sequence[OffloadKey],
         blocks: Sequence[DeviceBlocks],
         spec: LoadStoreSpec,
+        *,
+        may_follow_step: bool = False,
     ) -> TransferJob:
         """Enter a new job."""
-        transfer = TransferJob(JobId(self._next_id), ctx.req_id, tuple(blocks), spec)
+        transfer = TransferJob(JobId(self._next_id), ctx.req_id, tuple(blocks), spec, may_follow_step)
         self._next_id += 1
         self._jobs[transfer.job_id] = Job(kind, ctx, keys, transfer)
         return transfer

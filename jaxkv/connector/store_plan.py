@@ -1,14 +1,14 @@
 """Which chunks of a request can be stored now, and from which blocks. Pure.
 
 A plan is made in the ``build_connector_meta`` of one step and submitted before anything of that step touches
-the caches. It may read every block the request held in the step before: blocks given back since, whoever
-owns them now, still hold the request's bytes in the arrays the stores are given. Those given back earlier may
-not.
+the caches, or behind the step where it ``stays_whole``. It may read every block the request held in the step
+before: blocks given back since, whoever owns them now, still hold the request's bytes in the arrays the
+stores are given. Those given back earlier may not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import assert_never, cast, final
@@ -27,7 +27,7 @@ from jaxkv.connector.spans import (
     unread_at_ends,
     whole_span,
 )
-from jaxkv.hits import required_chunks, unread_blocks
+from jaxkv.hits import reads_every_token, required_chunks, unread_blocks
 from jaxkv.keys import GroupId
 from jaxkv.spec import (
     ChunkedLocalAttentionSpec,
@@ -281,3 +281,21 @@ class _Planning:
             for position, end in zip(payload_blocks(caches, span), chunk_ends(caches, span), strict=True):
                 ids[position - first] = tenure.handed_states.get((span.group, end), ids[position - first])
         self._plan.spans.append(PlannedSpan(span, ids.tolist()))
+
+
+def stays_whole(caches: ChunkedCaches, tenure: Tenure, spans: Iterable[PlannedSpan]) -> bool:
+    """Whether the coming step leaves the blocks of ``spans`` as they are: the request keeps all of them, and
+    computes behind them.
+
+    A state is written on in its block; in every other one the tokens stand that were computed.
+    """
+    return not tenure.has_ended and all(_stays_whole(caches, tenure, planned.span) for planned in spans)
+
+
+def _stays_whole(caches: ChunkedCaches, tenure: Tenure, span: ChunkSpan) -> bool:
+    spec = caches.config.groups[span.group].spec
+    if caches.is_state(span.group):
+        return False
+    return reads_every_token(spec) or (
+        unread_blocks(spec, tenure.complete_tokens).stop <= caches.blocks(span.chunks).start
+    )

@@ -24,6 +24,7 @@ from jaxkv.connector.store_plan import (
     StorePlan,
     next_due_tokens,
     plan_stores,
+    stays_whole,
 )
 from jaxkv.keys import GroupId, KeyRun, KeyRuns, OffloadKey
 from jaxkv.offload.base import LoadStoreSpec, OffloadingManager, TransferJob
@@ -141,7 +142,14 @@ class StorePlanner:
                 blocks.setdefault(planned.span.group, []).extend(planned.block_ids)
         if not writing:
             return []
-        job = self._jobs.start(JobKind.STORE, writing[0].tenure.ctx, _join(keys), device_blocks(blocks), spec)
+        job = self._jobs.start(
+            JobKind.STORE,
+            writing[0].tenure.ctx,
+            _join(keys),
+            device_blocks(blocks),
+            spec,
+            may_follow_step=all(stays_whole(self._caches, offer.tenure, offer.spans) for offer in writing),
+        )
         for offer in writing:
             self._events.store_started(job.job_id, offer.tenure.request, offer.keys)
         return [job]

@@ -24,6 +24,7 @@ class OffloadingConnectorWorker:
         self._worker = worker
         self._submitted: set[JobId] = set()
         self._last_store = self._last_load = JobId(-1)
+        self._following: list[TransferJob] = []
         self._loads: dict[JobId, TransferJob] = {}
         self._results: list[JobResult] = []
         self._received: set[str] = set()
@@ -40,17 +41,30 @@ class OffloadingConnectorWorker:
         return warmed
 
     def submit_stores(self, metadata: OffloadingConnectorMetadata, kv_caches: KVCaches) -> None:
-        """Submit every store of the step; each reads ``kv_caches`` as they are now.
+        """Submit what must be read before the step, and what is left of the step before.
 
         Loads that nobody waits for any more are called off.
         """
         self._worker.cancel(metadata.cancelled)
+        self.submit_following(kv_caches)
         for job in metadata.stores:
             if job.job_id <= self._last_store:
                 continue
-            self._submitted.add(job.job_id)
-            self._worker.submit_store(job, kv_caches)
+            if job.may_follow_step:
+                self._following.append(job)
+            else:
+                self._submit_store(job, kv_caches)
             self._last_store = job.job_id
+
+    def submit_following(self, kv_caches: KVCaches) -> None:
+        """Submit the stores that may follow the step, which runs meanwhile or has run."""
+        while self._following:
+            self._submit_store(self._following[0], kv_caches)
+            del self._following[0]
+
+    def _submit_store(self, job: TransferJob, kv_caches: KVCaches) -> None:
+        self._submitted.add(job.job_id)
+        self._worker.submit_store(job, kv_caches)
 
     def submit_loads(self, metadata: OffloadingConnectorMetadata, kv_caches: KVCaches) -> KVCaches:
         """Submit every load of the step; answers the caches to go on with.
@@ -90,7 +104,10 @@ class OffloadingConnectorWorker:
         return tuple(taken)
 
     def drain(self) -> None:
-        """Block until every job has ended."""
+        """Block until every job has ended. Stores that were to follow a step have failed."""
+        for job in self._following:
+            self._results.append(JobResult(job.job_id, 0, 0.0, "the connector was shut down first"))
+        self._following.clear()
         self._worker.wait(tuple(self._submitted))
         self._poll()
 

@@ -143,12 +143,15 @@ class TransferJob:
     A load is of one request; a store may be of several, and names the first.
 
     The chunks of ``spec`` are ordered group after group as in ``blocks``, ``blocks_per_chunk`` blocks each.
+    A store that ``may_follow_step`` is of blocks that the step it is planned in neither writes nor frees, so
+    that it reads the same from the caches before the step and from those after.
     """
 
     job_id: JobId
     req_id: str
     blocks: Sequence[DeviceBlocks]
     spec: LoadStoreSpec
+    may_follow_step: bool = False
 
 
 @final

@@ -267,7 +267,6 @@ class LLMEngine:
         self._unsent_stores = self._unsent_loads = plan.metadata
         self._send_to_worker()
         sampled = self._forward(plan)
-        self.kv_caches = dict(self.connector.wait_for_save(self.kv_caches))
         self._untaken_results = results = self._transfer_results(plan)
         valid = self._scheduler.update(plan, results)
         self._untaken_results = None
@@ -302,6 +301,7 @@ class LLMEngine:
         results = [self._run_program((part,), part.chunk.shape) for part in plan.prefills]
         if plan.decodes:
             results.append(self._run_program(plan.decodes, 1))
+        self.kv_caches = dict(self.connector.wait_for_save(self.kv_caches))  # while the programs run
         sampled = {}
         for parts, tokens, logits in results:
             for row, (part, token) in enumerate(zip(parts, np.asarray(tokens).tolist(), strict=False)):

@@ -52,7 +52,9 @@ class OneDeviceMover(GroupMover):
         self._backend = backend
         self._pages = pages
         self.mover = backend.mover(pages)
-        self._waves = [(part, backend.mover(part)) for part in _cut(pages, waves)]
+        self._waves = [
+            (part, self.mover if part is pages else backend.mover(part)) for part in _cut(pages, waves)
+        ]
         self._seen_shardings: list[jax.sharding.Sharding] = []
 
     def offload(self, leaves: Mapping[int, jax.Array], entries: Entries) -> list[Move]:
@@ -116,9 +118,11 @@ class Station:
         return [parts[index][self.device_id] for index in self.pages.leaves]
 
     def cut(self, backend: TransferBackend, waves: Waves) -> list[Station]:
-        """The same part leaf by leaf, as ``waves`` say."""
-        parts = _cut(self.pages, waves)
-        return [replace(self, pages=pages, mover=backend.mover(pages)) for pages in parts]
+        """The same part, as ``waves`` cut it."""
+        return [
+            self if part is self.pages else replace(self, pages=part, mover=backend.mover(part))
+            for part in _cut(self.pages, waves)
+        ]
 
     def move(self, status: Status, num_copied_leaves: int = 0, *, entries: Entries) -> Move:
         """What its program did, told with the device's number."""
