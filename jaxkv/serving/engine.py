@@ -31,6 +31,9 @@ from jaxkv.serving.request_checks import check_fits, check_parts, check_prompt
 from jaxkv.serving.scheduler import ScheduledChunk, Scheduler, StepPlan
 from jaxkv.spec import KVCacheConfig, MambaSpec
 
+_Running = tuple[tuple[ScheduledChunk, ...], Any, Any]
+"""What a program serves, its next tokens to come and their logits."""
+
 
 @final
 class LLMEngine:
@@ -266,8 +269,11 @@ class LLMEngine:
         plan = self._scheduler.schedule()
         self._unsent_stores = self._unsent_loads = plan.metadata
         self._send_to_worker()
-        sampled = self._forward(plan)
+        running = self._dispatch(plan)
+        # What the connector does now costs nothing where an accelerator computes meanwhile.
+        self.kv_caches = dict(self.connector.wait_for_save(self.kv_caches))
         self._untaken_results = results = self._transfer_results(plan)
+        sampled = _read_tokens(running)
         valid = self._scheduler.update(plan, results)
         self._untaken_results = None
         now_s = time.perf_counter()
@@ -296,28 +302,18 @@ class LLMEngine:
             self.kv_caches = dict(self.connector.start_load_kv(self.kv_caches))
             self._unsent_loads = None
 
-    def _forward(self, plan: StepPlan) -> Mapping[str, tuple[int, npt.NDArray[np.float32] | None]]:
-        """Run the step's programs; per sampling request the next token, and its logits where wanted."""
-        results = [self._run_program((part,), part.chunk.shape) for part in plan.prefills]
+    def _dispatch(self, plan: StepPlan) -> Sequence[_Running]:
+        """Start the step's programs."""
+        running = [self._run_program((part,), part.chunk.shape) for part in plan.prefills]
         if plan.decodes:
-            results.append(self._run_program(plan.decodes, 1))
-        self.kv_caches = dict(self.connector.wait_for_save(self.kv_caches))  # while the programs run
-        sampled = {}
-        for parts, tokens, logits in results:
-            for row, (part, token) in enumerate(zip(parts, np.asarray(tokens).tolist(), strict=False)):
-                kept = np.asarray(logits[row]) if part.request.params.return_logits else None
-                sampled[part.request.request_id] = (token, kept)
-        return sampled
+            running.append(self._run_program(plan.decodes, 1))
+        return running
 
-    def _run_program(
-        self, parts: tuple[ScheduledChunk, ...], tokens: int
-    ) -> tuple[tuple[ScheduledChunk, ...], Any, Any]:
+    def _run_program(self, parts: tuple[ScheduledChunk, ...], tokens: int) -> _Running:
         rows = next(rows for rows in self.config.decode_rows if rows >= len(parts))
         return self._run_shape(parts, StepShape(rows, tokens, samples=parts[0].samples))
 
-    def _run_shape(
-        self, parts: tuple[ScheduledChunk, ...], shape: StepShape
-    ) -> tuple[tuple[ScheduledChunk, ...], Any, Any]:
+    def _run_shape(self, parts: tuple[ScheduledChunk, ...], shape: StepShape) -> _Running:
         self._compile(shape)
         batch = make_step_batch(self._cache, parts, shape)
         if not shape.samples:
@@ -386,3 +382,13 @@ def _is_lost(kv_caches: KVCaches) -> bool:
     except jax.errors.JaxRuntimeError:
         return True
     return False
+
+
+def _read_tokens(running: Sequence[_Running]) -> Mapping[str, tuple[int, npt.NDArray[np.float32] | None]]:
+    """Wait for programs; per sampling request the next token, and its logits where wanted."""
+    sampled = {}
+    for parts, tokens, logits in running:
+        for row, (part, token) in enumerate(zip(parts, np.asarray(tokens).tolist(), strict=False)):
+            kept = np.asarray(logits[row]) if part.request.params.return_logits else None
+            sampled[part.request.request_id] = (token, kept)
+    return sampled

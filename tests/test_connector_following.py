@@ -1,0 +1,114 @@
+"""Stores that may follow the step they are planned in: which, when they are read, and that none is lost."""
+
+import pytest
+from connector_loop import Loop
+from loop_model import make_config
+from loop_tools import held
+
+from jaxkv.connector import KVConnectorOutput, SchedulerOutput
+from jaxkv.keys import JobId
+
+PROMPT = list(range(100, 150))
+ATTENTION = {"full": 1, "latent": 1}
+
+
+def watched(loop, log):
+    """Notes which store is submitted when."""
+    submit, compute = loop.worker.submit_store, loop.compute
+
+    def submit_store(job, kv_caches):
+        log.append(("store", job.may_follow_step))
+        submit(job, kv_caches)
+
+    def note_step(output):
+        log.append("step")
+        compute(output)
+
+    loop.worker.submit_store, loop.compute = submit_store, note_step
+    return loop
+
+
+def test_the_store_of_a_running_request_is_read_behind_the_step():
+    log = []
+    loop = watched(Loop(config=make_config(ATTENTION)), log)
+    request = loop.add("a", PROMPT, 8)
+    loop.step()
+    loop.step()
+    assert log == ["step", "step", ("store", True)]
+    loop.run()
+    assert held(loop, request, 0)
+    loop.close()
+
+
+def test_the_store_of_a_request_that_has_ended_is_read_before_the_step():
+    log = []
+    loop = watched(Loop(config=make_config(ATTENTION), max_step_tokens=64), log)
+    loop.add("a", PROMPT, 1)
+    loop.run()
+    assert log[:2] == ["step", ("store", False)]
+    loop.close()
+
+
+def test_the_store_of_a_state_is_read_before_the_step():
+    log = []
+    loop = watched(Loop(config=make_config({"full": 1, "state": 1})), log)
+    loop.add("a", PROMPT, 8)
+    loop.step()
+    loop.step()
+    assert log == ["step", ("store", False), "step"]
+    loop.run()
+    loop.close()
+
+
+def test_the_store_of_blocks_that_fall_out_of_the_window_is_read_before_the_step():
+    log = []
+    loop = watched(Loop(config=make_config({"window": 1}), max_step_tokens=32), log)
+    loop.add("a", PROMPT, 8)
+    loop.step()
+    loop.step()
+    assert ("store", False) in log
+    assert ("store", True) not in log
+    loop.run()
+    loop.close()
+
+
+def test_what_was_to_follow_a_step_that_broke_off_is_read_before_the_next():
+    log = []
+    loop = watched(Loop(config=make_config(ATTENTION)), log)
+    request = loop.add("a", PROMPT, 8)
+    loop.step()
+    wait_for_save = loop.connector.wait_for_save
+    loop.connector.wait_for_save = lambda caches: caches
+    loop.step()
+    assert log == ["step", "step"]
+    assert loop.connector.has_pending_push_work()
+    loop.step()
+    loop.connector.wait_for_save = wait_for_save
+    assert log == ["step", "step", ("store", True), "step"]
+    loop.run()
+    assert held(loop, request, 0)
+    loop.close()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_store_that_was_still_to_follow_at_the_end_has_failed(waits):
+    loop = Loop(config=make_config(ATTENTION))
+    loop.add("a", PROMPT, 8)
+    loop.step()
+    loop.preempted, loop.new_blocks = set(), {}
+    metadata = loop.connector.build_connector_meta(SchedulerOutput(loop.schedule(), loop.new_blocks))
+    (job,) = metadata.stores
+    assert job.may_follow_step
+    loop.connector.handle_preemptions(loop.caches, metadata)
+    if waits:
+        loop.connector.wait_for_save(loop.caches)
+    worker = loop.connector._open_worker
+    worker.drain()
+    worker.take_received()
+    (result,) = worker.take_results()
+    assert (result.job_id, result.error) == (
+        JobId(job.job_id),
+        None if waits else "the connector was shut down first",
+    )
+    loop.connector.update_connector_output(KVConnectorOutput())
+    loop.connector.shutdown()
