@@ -42,10 +42,10 @@ def test_the_store_of_a_running_request_is_read_behind_the_step():
 
 def test_the_store_of_a_request_that_has_ended_is_read_before_the_step():
     log = []
-    loop = watched(Loop(config=make_config(ATTENTION), max_step_tokens=64), log)
-    loop.add("a", PROMPT, 1)
+    loop = watched(Loop(config=make_config(ATTENTION), offload_prompt_only=False), log)
+    loop.add("a", PROMPT[:13], 4)  # Its last step completes a block.
     loop.run()
-    assert log[:2] == ["step", ("store", False)]
+    assert log[-2:] == [("store", False), "step"]
     loop.close()
 
 
