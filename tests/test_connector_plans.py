@@ -266,6 +266,8 @@ def test_tokens_count_once_their_step_has_ended():
     assert tenure.end_step(4), "there is something to store"
     assert (tenure.running, tenure.complete_tokens) == (True, 12)
     assert tenure.tables == [[1], [2], [3]]
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        tenure.add_blocks([[1], [2]])
 
 
 @pytest.mark.parametrize("num_computed_tokens", [9, 10, 12])
