@@ -126,8 +126,10 @@ CALLED_OFF = JobResult(0, 0, 1.0, "called off", cancelled=True)
     [
         ([FINE, FINE], False),
         ([FINE, CALLED_OFF], True),
+        ([CALLED_OFF, FINE], True),
         ([CALLED_OFF, CALLED_OFF], True),
         ([CALLED_OFF, FAILED], False),
+        ([FAILED, CALLED_OFF], False),
         ([FAILED, FINE], False),
     ],
 )

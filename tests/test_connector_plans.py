@@ -294,11 +294,14 @@ def test_drafted_tokens_that_were_rejected_do_not_count():
 def test_groups_said_to_keep_all_need_every_chunk(window, block_size, interval_in_chunks):
     spec = SlidingWindowSpec(block_size, 1, 1, np.int64, sliding_window=window)
     full = FullAttentionSpec(block_size, 1, 1, np.int64)
-    groups = (KVCacheGroupSpec(("f",), full, 9), KVCacheGroupSpec(("w",), spec, 9))
+    local = ChunkedLocalAttentionSpec(block_size, 1, 1, np.int64, 3 * block_size)
+    groups = tuple(KVCacheGroupSpec((str(index),), kind, 9) for index, kind in enumerate((full, spec, local)))
     caches = ChunkedCaches(KVCacheConfig(groups), 1)
     retention = Retention.of(caches, interval_in_chunks * block_size)
     needs = Boundaries(retention).needs
-    assert retention.keeps_all == (True, all(needs(caches.hit_groups[1], chunk) for chunk in range(40, 80)))
+    assert retention.keeps_all == tuple(
+        all(needs(group, chunk) for chunk in range(40, 80)) for group in caches.hit_groups
+    )
 
 
 @pytest.mark.parametrize(("previous", "complete", "is_stored"), [(8, 12, True), (12, 14, False)])
