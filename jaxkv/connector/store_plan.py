@@ -284,18 +284,15 @@ class _Planning:
 
 
 def stays_whole(caches: ChunkedCaches, tenure: Tenure, spans: Iterable[PlannedSpan]) -> bool:
-    """Whether the coming step leaves the blocks of ``spans`` as they are: the request keeps all of them, and
-    computes behind them.
+    """Whether the coming step leaves the blocks of ``spans``, none of a recurrent state, as they are.
 
-    A state is written on in its block; in every other one the tokens stand that were computed.
+    It does if the request keeps all of them: it computes behind them. A state is written on in its block.
     """
-    return not tenure.has_ended and all(_stays_whole(caches, tenure, planned.span) for planned in spans)
+    return not tenure.has_ended and all(_is_kept(caches, tenure, planned.span) for planned in spans)
 
 
-def _stays_whole(caches: ChunkedCaches, tenure: Tenure, span: ChunkSpan) -> bool:
+def _is_kept(caches: ChunkedCaches, tenure: Tenure, span: ChunkSpan) -> bool:
     spec = caches.config.groups[span.group].spec
-    if caches.is_state(span.group):
-        return False
     return reads_every_token(spec) or (
         unread_blocks(spec, tenure.complete_tokens).stop <= caches.blocks(span.chunks).start
     )

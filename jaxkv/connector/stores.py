@@ -148,7 +148,8 @@ class StorePlanner:
             _join(keys),
             device_blocks(blocks),
             spec,
-            may_follow_step=all(stays_whole(self._caches, offer.tenure, offer.spans) for offer in writing),
+            may_follow_step=not any(map(self._caches.is_state, blocks))
+            and all(stays_whole(self._caches, offer.tenure, offer.spans) for offer in writing),
         )
         for offer in writing:
             self._events.store_started(job.job_id, offer.tenure.request, offer.keys)
