@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxkv.offload.host as host_module
-from jaxkv.errors import CacheMismatchError, PoolInUseError
+from jaxkv.errors import CacheMismatchError, PoolClosedError, PoolInUseError
 from jaxkv.keys import BlockHash, GroupId, make_offload_key
 from jaxkv.offload import BackendOptions, LookupResult, PrefixLookup, ReqContext
 from jaxkv.offload.claims import claim, release
@@ -54,6 +54,17 @@ def test_request_that_may_not_load_from_the_host_finds_nothing_there():
     for lookup in (manager.lookup_prefix, manager.lookup_suffix):
         assert lookup(KEYS, CTX) == PrefixLookup(len(KEYS))
         assert lookup(KEYS, elsewhere) == PrefixLookup(0)
+
+
+def test_manager_whose_pool_was_closed_says_what_to_do():
+    pool = FakePool(4096, 4096)
+    manager = HostOffloadingManager(pool, (512,))
+    pool.closed = True
+    for prepare in (manager.prepare_load, manager.prepare_store):
+        with pytest.raises(PoolClosedError, match=r"^the host pool was closed; open a new one, and a conn"):
+            prepare(KEYS, CTX)
+    with pytest.raises(PoolClosedError):
+        manager.prepare_stores([(KEYS, CTX)])
 
 
 def test_host_manager_is_made_with_the_threshold_and_the_events_of_the_options():
