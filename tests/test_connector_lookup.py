@@ -129,12 +129,14 @@ def test_hit_goes_on_to_a_tail_that_every_group_kept():
     assert find(with_tail, limit=11).boundary_tokens == 8
 
 
+@pytest.mark.parametrize("known", [0, 8])
 @pytest.mark.parametrize("lacking", ["full", "window"])
-def test_tail_that_needs_a_whole_chunk_which_another_group_lacks_is_not_hit(lacking):
+def test_tail_that_needs_a_whole_chunk_which_another_group_lacks_is_not_hit(lacking, known):
     others = {"full": hits(0, 1, 2), "window": hits(0, 1, 2), "state": hits(0)} | {lacking: hits(0, 1)}
     lookup = answers(**others)
     (tail,) = CACHES.tail_key(REQUEST.block_hashes, STATE, 12)
-    assert find(lambda key: LookupResult.HIT if key == tail else lookup(key)).boundary_tokens == 8
+    found = find(lambda key: LookupResult.HIT if key == tail else lookup(key), known=known)
+    assert found.boundary_tokens == 8
 
 
 @pytest.mark.parametrize("known", [4, 5])
