@@ -18,7 +18,8 @@ from jaxkv.transfer.targets import register_targets
 from jaxkv.transfer.ticket import Status
 
 DETACHED_BYTES = 256 << 10
-"""Larger transfers leave the caller's thread. Below, the way there and back costs more than the copy."""
+"""Larger transfers leave the caller's thread. It is rid of 16 KiB in 40 us instead of 56, but they are there
+after 97 instead of 66; of 960 KiB it is rid in 86 us, not 134, and of 36 MiB in 170, not 2,250."""
 
 
 @final
