@@ -1,9 +1,9 @@
 """Stores that may follow the step they are planned in: which, when they are read, and that none is lost."""
 
 import pytest
-from connector_loop import Loop
+from connector_loop import Loop, expected_output
 from loop_model import make_config
-from loop_tools import held
+from loop_tools import held, no_room
 
 from jaxkv.connector import KVConnectorOutput, SchedulerOutput
 from jaxkv.keys import JobId
@@ -69,6 +69,27 @@ def test_the_store_of_blocks_that_fall_out_of_the_window_is_read_before_the_step
     assert ("store", False) in log
     assert ("store", True) not in log
     loop.run()
+    loop.close()
+
+
+def test_blocks_given_back_for_a_step_that_was_not_reported_are_read_before_the_step():
+    """The loop knows of 40 tokens and gives the window's first blocks away, the connector knows of 8."""
+    loop = Loop(config=make_config({"full": 1, "window": 1}), max_step_tokens=12)
+    first = loop.add("first", PROMPT)
+    loop.step()
+    with no_room(loop):
+        loop.max_step_tokens = 32
+        loop.preempted, loop.new_blocks = set(), {}
+        output = SchedulerOutput(loop.schedule(), loop.new_blocks)
+        loop.work(loop.connector.build_connector_meta(output), output)
+    assert first.num_computed_tokens == 40
+    loop.max_step_tokens = 4
+    for index in range(9):
+        loop.add(f"other {index}", [index] * 10)
+    loop.run()
+    again = [*PROMPT[:8], 1, 2, 3]
+    loop.serve("second", again, 2)
+    assert loop.outputs["second"] == expected_output(again, 2)
     loop.close()
 
 

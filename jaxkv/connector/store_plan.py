@@ -293,6 +293,8 @@ def stays_whole(caches: ChunkedCaches, tenure: Tenure, spans: Iterable[PlannedSp
 
 def _is_kept(caches: ChunkedCaches, tenure: Tenure, span: ChunkSpan) -> bool:
     spec = caches.config.groups[span.group].spec
-    return reads_every_token(spec) or (
-        unread_blocks(spec, tenure.complete_tokens).stop <= caches.blocks(span.chunks).start
-    )
+    if reads_every_token(spec):
+        return True
+    # The loop gives back by what it has computed, which is more where it did not report a step.
+    computed = max(tenure.complete_tokens, tenure.request.num_computed_tokens)
+    return unread_blocks(spec, computed).stop <= caches.blocks(span.chunks).start
