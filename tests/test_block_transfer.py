@@ -84,6 +84,14 @@ def test_slots_and_restored_blocks_hold_the_bytes_the_oracle_finds_and_others_st
     assert_same_caches(target, expected)
 
 
+def test_a_first_block_may_be_of_any_integer_type(pool: HostPool) -> None:
+    kv_caches, _, transfer = set_up(layout_case("packed_kv"), pool, blocks_per_chunk=3)
+    with transfer.reserve(GroupId(0), 101) as slots:
+        ids = [-1] * 297 + [4]
+        result = transfer.offload(kv_caches, GroupId(0), ids, slots, first_block=np.uint8(5)).wait()
+        assert (result.error, result.num_bytes) == (None, transfer.canonical.groups[0].block_bytes)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("first_block", [0, 1, 2, 4])
 def test_chunks_of_several_blocks_are_filled_from_any_start_and_skip_minus_one(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,43 @@ def test_a_layer_is_there_before_the_next_only_if_loads_go_layer_by_layer(
     assert restored["layer.2"].is_ready() != layerwise
     assert ticket.wait().error is None
     transfer.release(slots)
+
+
+@pytest.mark.usefixtures("all_detached")
+@pytest.mark.parametrize("launched_by", ["the launcher of layers", "another thread"])
+def test_slots_still_being_written_are_read_afterwards_by_another_thread(
+    launched_by: str, pool: HostPool
+) -> None:
+    kv_caches, canonical = make_caches()
+    transfer = BlockTransfer(canonical, pool, layerwise=launched_by == "the launcher of layers")
+    kv_caches = transfer.warm_up(kv_caches, 4)
+    target = jax.tree.map(jnp.zeros_like, kv_caches)
+    with transfer.reserve(GROUP, 4) as slots, ThreadPoolExecutor(1) as threads:
+        transfer.offload(target, GROUP, range(4), slots).wait()
+        late = {**kv_caches, "layer.0": late_copy(kv_caches["layer.0"])}
+        transfer.offload(late, GROUP, range(4), slots)
+        if launched_by == "another thread":
+            target, _ = threads.submit(transfer.restore, target, GROUP, range(4), slots).result()
+        else:
+            target, _ = transfer.restore(target, GROUP, range(4), slots)
+        for name, leaf in kv_caches.items():
+            assert np.array_equal(target[name][:4], leaf[:4])
+
+
+@pytest.mark.usefixtures("all_detached")
+def test_slots_still_being_read_are_written_afterwards_by_another_thread(pool: HostPool) -> None:
+    kv_caches, canonical = make_caches()
+    transfer = BlockTransfer(canonical, pool, layerwise=True)
+    kv_caches = transfer.warm_up(kv_caches, 4)
+    zeros = jax.tree.map(jnp.zeros_like, kv_caches)
+    target = jax.tree.map(jnp.zeros_like, kv_caches)
+    with transfer.reserve(GROUP, 4) as slots:
+        transfer.offload(kv_caches, GROUP, range(4), slots).wait()
+        late = {**target, "layer.0": late_copy(target["layer.0"])}
+        late, _ = transfer.restore(late, GROUP, range(4), slots)
+        transfer.offload(zeros, GROUP, range(4), slots).wait()
+        for name, leaf in kv_caches.items():
+            assert np.array_equal(late[name][:4], leaf[:4])
 
 
 @pytest.mark.usefixtures("all_detached")

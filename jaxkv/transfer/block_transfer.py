@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from types import TracebackType
@@ -42,6 +43,16 @@ KVCaches = Mapping[str, Any]
 
 _log = logging.getLogger(__name__)
 _calls = count()
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    """What a transfer touches, and which thread launched its programs; ``None`` is the launcher."""
+
+    slots: Slots
+    thread: threading.Thread | None
+    writes_pool: bool
 
 
 @final
@@ -120,7 +131,7 @@ class BlockTransfer:
         # keep the caller's programs waiting until the last of them is there.
         self._launcher = ThreadPoolExecutor(1, "jaxkv-restore") if layerwise else None
         self._lock = threading.Lock()
-        self._under_way: set[Ticket] = set()
+        self._under_way: dict[Ticket, _UnderWay] = {}
         self._num_copied_leaves = 0
         pool.fit_slabs(self.chunk_bytes(GroupId(g)) for g in range(len(canonical.groups)))
 
@@ -163,19 +174,21 @@ class BlockTransfer:
         chunks = self._chunks(group, slots)
         check_slots_differ(chunks)
         ids = check_block_ids(block_ids, self._record(group).num_blocks)
+        this = _UnderWay(chunks, threading.current_thread(), writes_pool=True)
+        self._wait_for_other_threads(this)
         with self._pinned(group, ids, chunks, first_block) as entries:
             moves = []
             if entries.num_blocks:
                 with _span("jaxkv.offload", group, entries):
                     moves = self.movers[group].offload(leaves, entries)
-        return self._start(group, chunks, moves)
+        return self._start(group, this, moves)
 
     def prefetch(self, group: GroupId, slots: Sequence[Slot]) -> Ticket:
         """Start moving slots towards the device, ahead of ``restore``; nothing to do on the host platform."""
         chunks = self._chunks(group, slots)
         with self._pinned(group, np.zeros(0, np.int64), chunks, 0):
             pass  # On the host platform the slots are where they will be read.
-        return self._start(group, chunks, [])
+        return self._start(group, _UnderWay(chunks, None, writes_pool=False), [])
 
     def restore(
         self,
@@ -196,11 +209,13 @@ class BlockTransfer:
         ids = check_block_ids(block_ids, self._record(group).num_blocks)
         check_no_repeats(ids)
         moves: list[Move] = []
+        this = _UnderWay(chunks, None if self._launcher else threading.current_thread(), writes_pool=False)
+        self._wait_for_other_threads(this)
         with self._pinned(group, ids, chunks, first_block) as entries:
             if entries.num_blocks:
                 with _span("jaxkv.restore", group, entries):
                     kv_caches, moves = self._write(kv_caches, group, leaves, entries)
-        return kv_caches, self._start(group, chunks, moves)
+        return kv_caches, self._start(group, this, moves)
 
     def warm_up(self, kv_caches: KVCaches, max_blocks: int) -> KVCaches:
         """Compile every program that transfers of up to ``max_blocks`` blocks need. Moves nothing.
@@ -248,7 +263,7 @@ class BlockTransfer:
     @contextmanager
     def _pinned(self, group: GroupId, ids: Int64s, slots: Slots, first_block: int) -> Iterator[Entries]:
         """Checks the slots, pins them and makes what one program is given. An error unpins them."""
-        check_first_block(first_block)
+        first_block = check_first_block(first_block)
         check_enough_slots(slots, first_block + len(ids), self.blocks_per_chunk)
         self.settle()
         addresses = self.pool.pin(slots)
@@ -281,19 +296,33 @@ class BlockTransfer:
             self._count_copies(sum(move.num_copied_leaves for move in moves))
         return self.canonical.replace(kv_caches, group, list(written.values())), moves
 
-    def _start(self, group: GroupId, slots: Slots, moves: Sequence[Move]) -> Ticket:
-        ticket = Ticket(group, moves, partial(self._end, slots))
+    def _wait_for_other_threads(self, this: _UnderWay) -> None:
+        """Slots that one transfer writes and another uses order the two, as far as XLA does not do it.
+
+        It keeps to the order in which one thread launched them, and sees none between threads.
+        """
+        if not self._under_way:
+            return
+        with self._lock:
+            others = [pair for pair in self._under_way.items() if pair[1].thread is not this.thread]
+        for ticket, other in others:
+            is_written = this.writes_pool or other.writes_pool
+            if is_written and np.isin(this.slots.epochs, other.slots.epochs).any():
+                ticket.wait()
+
+    def _start(self, group: GroupId, this: _UnderWay, moves: Sequence[Move]) -> Ticket:
+        ticket = Ticket(group, moves, partial(self._end, this.slots))
         if ticket.done():
             ticket.wait()
             return ticket
         with self._lock:
-            self._under_way.add(ticket)
+            self._under_way[ticket] = this
         return ticket
 
     def _end(self, slots: Slots, ticket: Ticket) -> None:
         self.pool.unpin(slots)
         with self._lock:
-            self._under_way.discard(ticket)
+            self._under_way.pop(ticket, None)
 
     def _count_copies(self, copied: int) -> None:
         if not copied:

@@ -100,10 +100,13 @@ def check_no_repeats(block_ids: Int64s) -> None:
         raise BlockIdError(f"block {block_ids[at]} is named twice in one restore; name each block once")
 
 
-def check_first_block(first_block: int) -> None:
-    """Raises ``BlockIdError`` unless ``first_block`` is a whole number, 0 or more."""
+def check_first_block(first_block: int) -> int:
+    """``first_block`` as Python counts, which does not overflow. Raises ``BlockIdError`` unless it is a whole
+    number, 0 or more.
+    """
     if not isinstance(first_block, int | np.integer) or first_block < 0:
         raise BlockIdError(f"first_block counts from the first chunk and cannot be {first_block!r}")
+    return int(first_block)
 
 
 def as_slots(slots: Sequence[Slot], slot_bytes: int) -> Slots:
