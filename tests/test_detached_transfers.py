@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -277,6 +278,39 @@ def test_slots_still_being_read_are_written_afterwards_by_another_thread(pool: H
         transfer.offload(zeros, GROUP, range(4), slots).wait()
         for name, leaf in kv_caches.items():
             assert np.array_equal(late[name][:4], leaf[:4])
+
+
+@pytest.mark.usefixtures("all_detached")
+def test_slots_are_read_after_another_transfer_of_the_pool_has_written_them(pool: HostPool) -> None:
+    kv_caches, canonical = make_caches()
+    writer, reader = BlockTransfer(canonical, pool), BlockTransfer(canonical, pool, layerwise=True)
+    kv_caches = writer.warm_up(kv_caches, 4)
+    target = reader.warm_up(jax.tree.map(jnp.zeros_like, kv_caches), 4)
+    with writer.reserve(GROUP, 4) as slots:
+        writer.offload(target, GROUP, range(4), slots).wait()
+        late = {**kv_caches, "layer.0": late_copy(kv_caches["layer.0"])}
+        writer.offload(late, GROUP, range(4), slots)
+        target, _ = reader.restore(target, GROUP, range(4), slots)
+        for name, leaf in kv_caches.items():
+            assert np.array_equal(target[name][:4], leaf[:4])
+
+
+@pytest.mark.usefixtures("all_detached")
+def test_slots_of_a_transfer_nobody_holds_come_back_when_it_has_ended(pool: HostPool) -> None:
+    kv_caches, canonical = make_caches()
+    transfer = BlockTransfer(canonical, pool)
+    kv_caches = transfer.warm_up(kv_caches, 4)
+    late = {**kv_caches, "layer.0": late_copy(kv_caches["layer.0"])}
+    slots = transfer.reserve(GROUP, 4).keep()
+    transfer.offload(late, GROUP, range(4), slots)
+    transfer.release(slots)
+    del transfer
+    gc.collect()
+    assert pool.used_bytes > 0
+    after = BlockTransfer(canonical, pool)
+    with after.reserve(GROUP, 4) as others:
+        after.offload(late, GROUP, range(4), others).wait()  # One thread's programs run one by one.
+    assert pool.used_bytes == 0
 
 
 @pytest.mark.usefixtures("all_detached")

@@ -7,8 +7,6 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from itertools import count
 from types import TracebackType
 from typing import Any, Self, final, overload
@@ -38,21 +36,12 @@ from jaxkv.transfer.checks import (
 from jaxkv.transfer.cpu import CpuBackend
 from jaxkv.transfer.movers import GroupMover, make_group_mover
 from jaxkv.transfer.ticket import Move, Ticket
+from jaxkv.transfer.under_way import SlotUse, transfers_under_way
 
 KVCaches = Mapping[str, Any]
 
 _log = logging.getLogger(__name__)
 _calls = count()
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class _UnderWay:
-    """What a transfer touches, and which thread launched its programs; ``None`` is the launcher."""
-
-    slots: Slots
-    thread: threading.Thread | None
-    writes_pool: bool
 
 
 @final
@@ -131,7 +120,8 @@ class BlockTransfer:
         # keep the caller's programs waiting until the last of them is there.
         self._launcher = ThreadPoolExecutor(1, "jaxkv-restore") if layerwise else None
         self._lock = threading.Lock()
-        self._under_way: dict[Ticket, _UnderWay] = {}
+        self._under_way = transfers_under_way(pool)
+        self._under_way.settle()
         self._num_copied_leaves = 0
         pool.fit_slabs(self.chunk_bytes(GroupId(g)) for g in range(len(canonical.groups)))
 
@@ -174,21 +164,21 @@ class BlockTransfer:
         chunks = self._chunks(group, slots)
         check_slots_differ(chunks)
         ids = check_block_ids(block_ids, self._record(group).num_blocks)
-        this = _UnderWay(chunks, threading.current_thread(), writes_pool=True)
-        self._wait_for_other_threads(this)
+        use = SlotUse(chunks, threading.current_thread(), writes_pool=True)
+        self._under_way.wait_for_turn(use)
         with self._pinned(group, ids, chunks, first_block) as entries:
             moves = []
             if entries.num_blocks:
                 with _span("jaxkv.offload", group, entries):
                     moves = self.movers[group].offload(leaves, entries)
-        return self._start(group, this, moves)
+        return self._under_way.start(group, use, moves)
 
     def prefetch(self, group: GroupId, slots: Sequence[Slot]) -> Ticket:
         """Start moving slots towards the device, ahead of ``restore``; nothing to do on the host platform."""
         chunks = self._chunks(group, slots)
         with self._pinned(group, np.zeros(0, np.int64), chunks, 0):
             pass  # On the host platform the slots are where they will be read.
-        return self._start(group, _UnderWay(chunks, None, writes_pool=False), [])
+        return self._under_way.start(group, SlotUse(chunks, self, writes_pool=False), [])
 
     def restore(
         self,
@@ -209,13 +199,13 @@ class BlockTransfer:
         ids = check_block_ids(block_ids, self._record(group).num_blocks)
         check_no_repeats(ids)
         moves: list[Move] = []
-        this = _UnderWay(chunks, None if self._launcher else threading.current_thread(), writes_pool=False)
-        self._wait_for_other_threads(this)
+        use = SlotUse(chunks, self._launcher or threading.current_thread(), writes_pool=False)
+        self._under_way.wait_for_turn(use)
         with self._pinned(group, ids, chunks, first_block) as entries:
             if entries.num_blocks:
                 with _span("jaxkv.restore", group, entries):
                     kv_caches, moves = self._write(kv_caches, group, leaves, entries)
-        return kv_caches, self._start(group, this, moves)
+        return kv_caches, self._under_way.start(group, use, moves)
 
     def warm_up(self, kv_caches: KVCaches, max_blocks: int) -> KVCaches:
         """Compile every program that transfers of up to ``max_blocks`` blocks need. Moves nothing.
@@ -232,13 +222,7 @@ class BlockTransfer:
 
     def settle(self) -> None:
         """Let go of slots whose transfers have ended. Waits for nothing."""
-        if not self._under_way:
-            return
-        with self._lock:
-            under_way = list(self._under_way)
-        for ticket in under_way:
-            if ticket.done():
-                ticket.wait()
+        self._under_way.settle()
 
     def _record(self, group: GroupId) -> GroupRecord:
         records = self.canonical.records
@@ -295,34 +279,6 @@ class BlockTransfer:
         if self.backend.restores_in_place:
             self._count_copies(sum(move.num_copied_leaves for move in moves))
         return self.canonical.replace(kv_caches, group, list(written.values())), moves
-
-    def _wait_for_other_threads(self, this: _UnderWay) -> None:
-        """Slots that one transfer writes and another uses order the two, as far as XLA does not do it.
-
-        It keeps to the order in which one thread launched them, and sees none between threads.
-        """
-        if not self._under_way:
-            return
-        with self._lock:
-            others = [pair for pair in self._under_way.items() if pair[1].thread is not this.thread]
-        for ticket, other in others:
-            is_written = this.writes_pool or other.writes_pool
-            if is_written and np.isin(this.slots.epochs, other.slots.epochs).any():
-                ticket.wait()
-
-    def _start(self, group: GroupId, this: _UnderWay, moves: Sequence[Move]) -> Ticket:
-        ticket = Ticket(group, moves, partial(self._end, this.slots))
-        if ticket.done():
-            ticket.wait()
-            return ticket
-        with self._lock:
-            self._under_way[ticket] = this
-        return ticket
-
-    def _end(self, slots: Slots, ticket: Ticket) -> None:
-        self.pool.unpin(slots)
-        with self._lock:
-            self._under_way.pop(ticket, None)
 
     def _count_copies(self, copied: int) -> None:
         if not copied:
