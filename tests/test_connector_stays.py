@@ -143,3 +143,22 @@ def test_state_handed_over_for_a_group_without_states_is_refused():
             loop.connector.register_finished_partial_tail(first, first.tables, [(group, 0, 12)])
     loop.run()
     loop.close()
+
+
+def test_what_the_next_stay_finds_computed_is_not_counted_for_the_one_before():
+    """Preempted before its step was reported, with one token in block 61, and back with 12 tokens at once."""
+    loop = Loop(config=make_config({"full": 1}), max_step_tokens=8)
+    request = loop.add("a", PROMPT)
+    loop.step()
+    loop.max_step_tokens, loop.new_blocks = 1, {}
+    output = SchedulerOutput(loop.schedule(), loop.new_blocks)
+    result = loop.work(loop.connector.build_connector_meta(output), output)
+    assert (request.num_computed_tokens, request.tables) == (9, [[63, 62, 61]])
+    request.num_computed_tokens = 0
+    loop.connector.update_connector_output(result)
+    assert loop.connector.get_num_new_matched_tokens(request, 12) == (0, False)
+    request.num_computed_tokens = 12
+    loop.connector.update_state_after_alloc(request, [[40, 41, 42, 43]], 0)
+    again = SchedulerOutput({"a": 2}, {}, preempted_req_ids={"a"})
+    assert loop.connector.build_connector_meta(again).stores == ()
+    loop.connector.shutdown()

@@ -85,6 +85,8 @@ class OffloadingScheduler:
         """See ``KVConnectorBase``."""
         state = self._state_of(request)
         self._drop_promise(state)
+        if state.tenure is not None:
+            state.tenure.unconfirmed_tokens = 0  # That stay is over; what the request counts now is the next.
         if state.load is not None:
             self._metrics.deferred(Deferral.IN_FLIGHT)
             return None, False
