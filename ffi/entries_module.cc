@@ -40,7 +40,8 @@ std::pair<Numbers32, int64_t> MakeEntries(const Numbers& block_ids, const Number
     throw nb::value_error("more blocks than entries, or chunks that hold none");
   }
   const auto per_chunk = static_cast<uint64_t>(blocks_per_chunk);
-  if ((static_cast<uint64_t>(first_block) + n + per_chunk - 1) / per_chunk > chunk_addresses.size()) {
+  const uint64_t end = static_cast<uint64_t>(first_block) + n;  // Both below 2^63.
+  if (end / per_chunk + (end % per_chunk != 0) > chunk_addresses.size()) {
     throw nb::value_error("each entry needs a chunk");
   }
   const size_t size = 2 + 2 * num_entries;

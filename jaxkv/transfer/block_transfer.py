@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
 from types import TracebackType
@@ -272,7 +272,7 @@ class BlockTransfer:
             if self._launcher is None:
                 written, moves = self.movers[group].restore(leaves, entries)
             else:
-                written, moves = self._launcher.submit(self.movers[group].restore, leaves, entries).result()
+                written, moves = _result(self._launcher.submit(self.movers[group].restore, leaves, entries))
         except jax.errors.JaxRuntimeError:
             _require_distinct_buffers(list(leaves.values()))
             raise
@@ -298,6 +298,19 @@ class BlockTransfer:
 def _span(name: str, group: GroupId, entries: Entries) -> jax.profiler.TraceAnnotation:
     """Names the start of a transfer in traces of ``jax.profiler``; the program has a name of its own."""
     return jax.profiler.TraceAnnotation(name, group=group, num_blocks=entries.num_blocks)
+
+
+def _result(
+    restoring: Future[tuple[dict[int, jax.Array], list[Move]]],
+) -> tuple[dict[int, jax.Array], list[Move]]:
+    """What was restored. An interrupt leaves no program behind that still uses slots about to be unpinned."""
+    try:
+        return restoring.result()
+    except BaseException:
+        if restoring.exception() is None:
+            for move in restoring.result()[1]:
+                move.read()
+        raise
 
 
 def make_backend(name: str, pool: AnyPool) -> TransferBackend:
