@@ -62,7 +62,7 @@ struct ThreadPool::Worker {
   std::condition_variable wake;
   bool woken = true;
   pid_t thread_id = 0;
-  int barred_cpu = -1;  // touched only by who took the worker from the idle ones
+  int barred_cpu = -1;
 };
 
 ThreadPool& ThreadPool::Global() {
@@ -109,19 +109,18 @@ void ThreadPool::Work(Worker& self) {
 void ThreadPool::Wake(int64_t most) {
   std::array<Worker*, kMaxThreads> woken;
   size_t count = 0;
+  const int cpu = sched_getcpu();
   {
     std::lock_guard<std::mutex> lock(mutex_);
     for (; static_cast<int64_t>(count) < most && !idle_.empty(); ++count) {
       woken[count] = idle_.back();
       woken[count]->woken = true;
+      // Under the lock: a worker may wake by itself, be idle again and be taken by another caller.
+      woken[count]->KeepOff(cpu, cpus_);
       idle_.pop_back();
     }
   }
-  const int cpu = sched_getcpu();
-  for (size_t i = 0; i < count; ++i) {
-    woken[i]->KeepOff(cpu, cpus_);
-    woken[i]->wake.notify_one();
-  }
+  for (size_t i = 0; i < count; ++i) woken[i]->wake.notify_one();
 }
 
 void ThreadPool::ParallelFor(int64_t count, const std::function<void(int64_t)>& task) {
