@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from jaxkv.spec import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from jaxkv.testing import LAYOUT_CASES, LayoutCase, assert_same_caches, numpy_copy
 from jaxkv.transfer import BlockTransfer, cpu
 from jaxkv.transfer.cpu import DETACHED_BYTES, CpuMover
+from jaxkv.transfer.ticket import Move
 
 GROUP = GroupId(0)
 NUM_BLOCKS = 64
@@ -290,6 +291,32 @@ def test_slots_of_a_transfer_nobody_holds_come_back_when_it_has_ended(pool: Host
     after = BlockTransfer(canonical, pool)
     with after.reserve(GROUP, 4) as others:
         after.offload(late, GROUP, range(4), others).wait()  # One thread's programs run one by one.
+    assert pool.used_bytes == 0
+
+
+@pytest.mark.usefixtures("all_detached")
+def test_an_interrupt_of_a_layer_by_layer_restore_waits_for_its_programs(
+    pool: HostPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kv_caches, canonical = make_caches()
+    transfer = BlockTransfer(canonical, pool, layerwise=True)
+    read: list[int] = []
+    read_move = Move.read
+    monkeypatch.setattr(Move, "read", lambda move: (read.append(pool.used_bytes), read_move(move))[1])
+    result = Future.result
+
+    def interrupted(future: Future[Any], timeout: float | None = None) -> Any:
+        monkeypatch.setattr(Future, "result", result)
+        raise KeyboardInterrupt
+
+    with transfer.reserve(GROUP, 4) as slots:
+        transfer.offload(kv_caches, GROUP, range(4), slots).wait()
+        read.clear()
+        monkeypatch.setattr(Future, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            transfer.restore(kv_caches, GROUP, range(4), slots)
+        assert len(read) == len(kv_caches)
+        assert all(read)
     assert pool.used_bytes == 0
 
 
