@@ -74,6 +74,24 @@ def test_gather_and_scatter_equal_the_reference(case: LayoutCase, ops_of: Any) -
         assert_same_bytes(leaf, wanted)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="XLA drops the barrier too early")
+@OPS
+def test_a_gather_that_a_barrier_puts_before_a_write_copies_no_leaf(ops_of: Any) -> None:
+    leaves, pages = group_of(layout_case("wide_pages"))
+
+    def step(barred: bool, block: jax.Array, leaves: list[jax.Array]) -> Any:
+        records = ops_of.gather_pages(leaves, block[None], pages)
+        if barred:
+            records, leaves = jax.lax.optimization_barrier((records, leaves))
+        return records, [leaf.at[block].set(1) for leaf in leaves]
+
+    def temporary_bytes(*, barred: bool) -> int:
+        lowered = jax.jit(step, static_argnums=0, donate_argnums=2).lower(barred, jnp.int32(1), leaves)
+        return int(lowered.compile().memory_analysis().temp_size_in_bytes)
+
+    assert temporary_bytes(barred=True) < leaves[0].nbytes < temporary_bytes(barred=False)
+
+
 def test_undonated_leaves_survive_a_scatter() -> None:
     leaves, pages = group_of(layout_case("packed_kv"))
     before = host_bytes(leaves)

@@ -47,6 +47,10 @@ def gather_pages(leaves: Sequence[jax.Array], block_ids: ArrayLike, pages: Group
     ``leaves`` are those of the group, in the order of ``pages.leaves``. Records of ids that are -1 or outside
     the group are zero, and so are the bytes between ``pages.block_bytes`` and ``pages.record_bytes``.
 
+    A program that also writes donated leaves should gather after it has; or it goes on with the leaves that
+    ``jax.lax.optimization_barrier((records, leaves))`` returns, on the CPU from jax 0.11.2 on. Where nothing
+    puts the gather before the writes, XLA copies the leaves.
+
     Leaves sharded over a mesh, in D data shards along blocks and T tensor shards through them, take ids
     ``(D * n,)``, those of one data shard after those of another, and give records
     ``(D * n, T * pages.record_bytes)``, those of one tensor shard beside those of another. The records stay
