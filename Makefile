@@ -6,6 +6,7 @@
 #   make bench-scheduler  what the connector's decisions cost a serving loop
 #   make bench-retention  how many prompts a host pool can serve, with and without retention
 #   make test-families   tests against the packages that allocate caches: flax, MaxText, gemma and others
+#   make test-gpu-compiler  what XLA's GPU compiler makes of the ops for an H100; needs no GPU
 #   make mutants  which changes to connector and offload no test notices; MUTANTS='jaxkv.offload.claims*' for some
 # PYTHON=python3.12 picks another interpreter; VENV=dir another environment.
 
@@ -16,13 +17,15 @@ FUZZ_FIRST_SEED ?= 0
 FUZZ_JOBS ?= 2
 MUTANTS ?=
 FAMILIES_VENV ?= .venv-families
+GPU_COMPILER_VENV ?= .venv-gpu-compiler
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
 SOURCES := pyproject.toml README.md LICENSE $(shell find jaxkv ffi examples -type f \
 	-not -name '*.pyc' -not -path '*/__pycache__/*')
 CPP := $(shell find ffi -name '*.cc' -o -name '*.h')
 
-.PHONY: help demo bench bench-scheduler bench-retention test fuzz test-families run-families mutants lint format docs native-test clean
+.PHONY: help demo bench bench-scheduler bench-retention test fuzz test-families run-families \
+	test-gpu-compiler run-gpu-compiler mutants lint format docs native-test clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -58,6 +61,13 @@ test-families:
 run-families: $(VENV)/.families
 	@echo "== cache families, $$($(BIN)/python --version), jax $$($(BIN)/python -c 'import jax; print(jax.__version__)')"
 	$(BIN)/pytest -n auto --dist loadfile tests/families
+
+test-gpu-compiler:
+	@$(MAKE) --no-print-directory run-gpu-compiler VENV=$(GPU_COMPILER_VENV)
+
+run-gpu-compiler: $(VENV)/.gpu-compiler
+	@echo "== GPU compiler, $$($(BIN)/python --version), jax $$($(BIN)/python -c 'import jax; print(jax.__version__)')"
+	JAX_PLATFORMS=cpu JAXKV_REQUIRE_GPU_COMPILER=1 $(BIN)/pytest -n auto tests/gpu_compiler
 
 lint: $(VENV)/.jaxkv $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -106,6 +116,13 @@ $(VENV)/.families: $(VENV)/.python $(SOURCES) $(wildcard tests/families/requirem
 	@echo "== building jaxkv and installing the packages it is tested against into $(VENV)"
 	$(PIP) install ".[test]" -r tests/families/requirements.txt
 	$(PIP) install --no-deps -r tests/families/requirements-no-deps.txt
+	@touch $@
+
+$(VENV)/.gpu-compiler: $(VENV)/.python $(SOURCES) tests/gpu_compiler/requirements.txt
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
+		{ echo "the GPU compiler needs Python 3.12 or newer; try make test-gpu-compiler PYTHON=python3.12"; exit 1; }
+	@echo "== building jaxkv and installing XLA's GPU compiler into $(VENV)"
+	$(PIP) install ".[test]" -r tests/gpu_compiler/requirements.txt
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.python pyproject.toml
