@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -45,8 +47,7 @@ def h100() -> jax.Device:
         if "JAXKV_REQUIRE_GPU_COMPILER" in os.environ:
             raise
         pytest.skip(f"no GPU compiler ({error}); make test-gpu-compiler installs one")
-    if not has_cuda_handlers():
-        _accept_targets()
+    _register_handlers()
     device: jax.Device = topology.devices[0]
     return device
 
@@ -56,14 +57,19 @@ def has_cuda_handlers() -> bool:
     return importlib.util.find_spec("jaxkv._cuda") is not None
 
 
-def _accept_targets() -> None:
-    """The handlers for the CPU stand in for those for CUDA, without which XLA compiles no call to them.
+def _register_handlers() -> None:
+    """XLA compiles no call without a handler, and jaxkv registers its own for CUDA only where there is a GPU.
 
-    All it asks of a handler is whether a command buffer may hold it; aliases are a matter of the call.
+    Where it was built without them, those for the CPU stand in: all XLA asks of a handler is whether command
+    buffers may hold it. What is aliased the call says itself.
     """
-    if jax.default_backend() != "cpu":
+    if has_cuda_handlers():
+        module = importlib.import_module("jaxkv._cuda")
+    elif jax.default_backend() == "cpu":
+        module = load_native()
+    else:
         pytest.skip("handlers for the CPU would run on this GPU; set JAX_PLATFORMS=cpu")
-    for name, handler in load_native().ffi_targets().items():
+    for name, handler in module.ffi_targets().items():
         jax.ffi.register_ffi_target(name, handler, platform="CUDA")
 
 
@@ -77,10 +83,33 @@ def compile_for_h100(
     function: Callable[..., Any], *arguments: Any, donated: Iterable[int] = ()
 ) -> GpuProgram:
     """The program of ``function`` for arguments of these shapes, of which those numbered are donated."""
-    traced = jax.jit(function, donate_argnums=tuple(donated)).trace(*on_h100(arguments))
-    compiled = traced.lower(lowering_platforms=("cuda",)).compile()
+    compiled = _lower(function, arguments, donated).compile()
     memory = compiled.memory_analysis()
     return GpuProgram(memory.alias_size_in_bytes, memory.temp_size_in_bytes, compiled.as_text())
+
+
+def custom_calls_for_h100(
+    function: Callable[..., Any], *arguments: Any, donated: Iterable[int] = ()
+) -> dict[str, int]:
+    """How many custom calls that program makes ``inside`` command buffers and ``outside`` of them."""
+    with tempfile.TemporaryDirectory() as dump:
+        _lower(function, arguments, donated).compile({"xla_dump_to": dump})
+        (thunks,) = Path(dump).glob("*.thunk_sequence_after_thunk_passes.txt")
+        lines = thunks.read_text().splitlines()
+    found = {"inside": 0, "outside": 0}
+    depth_of_buffer = math.inf
+    for line in lines:
+        depth = len(line) - len(line.lstrip())
+        if depth <= depth_of_buffer:
+            depth_of_buffer = depth if ": kCommandBuffer " in line else math.inf
+        if ": kCustomCall " in line:
+            found["inside" if depth > depth_of_buffer else "outside"] += 1
+    return found
+
+
+def _lower(function: Callable[..., Any], arguments: tuple[Any, ...], donated: Iterable[int]) -> Any:
+    traced = jax.jit(function, donate_argnums=tuple(donated)).trace(*on_h100(arguments))
+    return traced.lower(lowering_platforms=("cuda",))
 
 
 def stored_bytes(leaf: jax.Array | jax.ShapeDtypeStruct) -> int:

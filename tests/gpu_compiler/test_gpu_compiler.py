@@ -9,7 +9,14 @@ import hybrid_step
 import jax
 import jax.numpy as jnp
 import pytest
-from gpu_program import GpuProgram, compile_for_h100, h100, stored_bytes
+from gpu_program import (
+    GpuProgram,
+    compile_for_h100,
+    custom_calls_for_h100,
+    h100,
+    has_cuda_handlers,
+    stored_bytes,
+)
 from hybrid_step import CACHES, CANONICAL, LEAF_BYTES, NUM_STEPS, Caches, Numbers, Op, decode, move_all
 
 from jaxkv.canonical import canonicalize
@@ -93,14 +100,18 @@ def named(*functions: Form) -> Any:
     return pytest.mark.parametrize("form", functions, ids=lambda form: form.__name__)
 
 
-def compile_form(form: Form, op: str, pool: HostPool, *, donated: bool) -> GpuProgram:
-    """The program of ``form`` around the op on all groups; caches and token are donated or not."""
+def program_of(form: Form, op: str, pool: HostPool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """``form`` around the op on all groups, and its arguments: first the caches and the token."""
 
     def program(caches: Caches, token: jax.Array, position: jax.Array, given: Any) -> Any:
         return form(getattr(hybrid_step, op), pool, caches, token, position, given)
 
     given = hybrid_step.numbers(*((NUM_STEPS,) if form in LOOPS else ()))
-    arguments = CACHES, pool.token(), jnp.int32(0), given
+    return program, (CACHES, pool.token(), jnp.int32(0), given)
+
+
+def compile_form(form: Form, op: str, pool: HostPool, *, donated: bool) -> GpuProgram:
+    program, arguments = program_of(form, op, pool)
     return compile_for_h100(program, *arguments, donated=(0, 1) if donated else ())
 
 
@@ -154,6 +165,16 @@ def test_a_read_that_nothing_orders_before_the_step_costs_copies(pool: HostPool)
 @named(*FORMS)
 def test_the_ops_in_plain_jax_write_donated_leaves_where_they_are(form: Form, pool: HostPool) -> None:
     assert_in_place(compile_form(form, "xla_scatter_pages", pool, donated=True))
+
+
+@pytest.mark.skipif(not has_cuda_handlers(), reason="jaxkv was built without its handlers for CUDA")
+@pytest.mark.parametrize("op", ["gather_pages", "scatter_pages", "offload", "restore"])
+@named(after_a_decode_step, in_a_scan)
+def test_command_buffers_hold_page_ops_and_no_pool_ops(form: Form, op: str, pool: HostPool) -> None:
+    program, arguments = program_of(form, op, pool)
+    number = len(CANONICAL.groups)
+    expected = {"inside": number, "outside": 0} if op.endswith("_pages") else {"inside": 0, "outside": number}
+    assert custom_calls_for_h100(program, *arguments, donated=(0, 1)) == expected
 
 
 @pytest.mark.parametrize(
