@@ -74,6 +74,12 @@ bool FitsInside(const PagePlan& plan, int64_t leaf_bytes, int64_t record_bytes) 
          !__builtin_mul_overflow(page_bytes, plan.run_bytes, &page_bytes) && page_bytes <= record_bytes;
 }
 
+int64_t NumBlocks(const std::vector<PagePlan>& plans) {
+  int64_t least = plans[0].num_blocks;
+  for (const PagePlan& plan : plans) least = std::min(least, plan.num_blocks);
+  return least;
+}
+
 PageCopier::PageCopier(std::vector<PagePlan> plans, std::vector<uint8_t*> leaf_data, RecordExtent record,
                        const CopyLoop& loop)
     : plans_(std::move(plans)), leaf_data_(std::move(leaf_data)), record_(record), loop_(loop) {

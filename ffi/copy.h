@@ -31,9 +31,9 @@ struct PagePlan {
   int64_t num_rows;
   int64_t row_stride;
 
-  int64_t page_bytes() const { return outer_count * inner_count * run_bytes; }
+  constexpr int64_t page_bytes() const { return outer_count * inner_count * run_bytes; }
 
-  int64_t block_start(int64_t block) const {
+  constexpr int64_t block_start(int64_t block) const {
     if (num_rows == 1) return leaf_offset + block * block_stride;
     const int64_t blocks_per_row = num_blocks / num_rows;
     return leaf_offset + block / blocks_per_row * row_stride + block % blocks_per_row * block_stride;
@@ -42,6 +42,9 @@ struct PagePlan {
 
 constexpr int kPagePlanFields = 14;
 static_assert(sizeof(PagePlan) == kPagePlanFields * sizeof(int64_t), "plans travel as rows of int64");
+
+// Records begin at multiples of this, so that 32-bit addresses reach 1 TiB.
+constexpr int64_t kAddressUnitBytes = 512;
 
 // One block and the record that holds, or will hold, its pages.
 struct BlockMove {
@@ -52,6 +55,9 @@ struct BlockMove {
 // Whether every block of `plan` lies inside `leaf_bytes`, apart from the next one, and its page inside
 // `record_bytes`. Safe for any values.
 bool FitsInside(const PagePlan& plan, int64_t leaf_bytes, int64_t record_bytes);
+
+// Blocks that every one of `plans` has; there is at least one plan.
+int64_t NumBlocks(const std::vector<PagePlan>& plans);
 
 // What of a record a copier may write: plans stay below num_bytes, and gathering clears all from clear_from
 // on.

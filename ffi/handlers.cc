@@ -13,90 +13,24 @@
 
 #include "cancellations.h"
 #include "copy.h"
+#include "op_arguments.h"
 #include "pool.h"
+#include "tally.h"
 
 namespace jaxkv {
 namespace {
 
 namespace ffi = ::xla::ffi;
 
-using IdBuffer = ffi::BufferR1<ffi::S32>;
-using IdResult = ffi::ResultBufferR1<ffi::S32>;
-using ByteBuffer = ffi::BufferR2<ffi::U8>;
-using ByteResult = ffi::ResultBufferR2<ffi::U8>;
-using PlanRows = ffi::Span<const int64_t>;
 using Int32s = ffi::Span<const int32_t>;
-
-constexpr int64_t kAddressUnit = 512;
-
-struct Leaves {
-  std::vector<uint8_t*> data;
-  std::vector<int64_t> num_bytes;
-};
-
-// What the caller says of records, in bytes, and of the copies.
-struct Geometry {
-  int64_t record_bytes;
-  int64_t clear_from;
-  PlanRows plans;
-};
 
 Int32s Values(const IdBuffer& buffer) { return {buffer.typed_data(), buffer.element_count()}; }
 
-// FFI counts an element of less than a byte as a whole byte, while buffers hold them packed.
-int64_t BitWidth(ffi::DataType type) {
-  switch (type) {
-    case ffi::S1:
-    case ffi::U1:
-      return 1;
-    case ffi::S2:
-    case ffi::U2:
-      return 2;
-    case ffi::S4:
-    case ffi::U4:
-    case ffi::F4E2M1FN:
-      return 4;
-    default: {
-      // Types these headers do not know yet, of six bits, take a byte each.
-      const auto num_bytes = static_cast<int64_t>(ffi::ByteWidth(type));
-      return 8 * std::max<int64_t>(num_bytes, 1);
-    }
-  }
-}
-
-int64_t NumBytes(const ffi::AnyBuffer& buffer) {
-  return (BitWidth(buffer.element_type()) * static_cast<int64_t>(buffer.element_count()) + 7) / 8;
-}
-
-// The leaves of an op that only reads them.
-std::optional<Leaves> ReadLeaves(const ffi::RemainingArgs& args) {
-  Leaves leaves;
-  for (size_t i = 0; i < args.size(); ++i) {
-    auto leaf = args.get<ffi::AnyBuffer>(i);
-    if (!leaf.has_value()) return std::nullopt;
-    leaves.data.push_back(static_cast<uint8_t*>(leaf->untyped_data()));
-    leaves.num_bytes.push_back(NumBytes(*leaf));
-  }
-  return leaves;
-}
-
-// The leaves of an op that hands them on. A result is the operand's own buffer where the alias was kept;
-// where it was not, the operand is copied, so that the op means the same.
-std::optional<Leaves> HandOnLeaves(const ffi::RemainingArgs& args, const ffi::RemainingRets& results) {
-  if (args.size() != results.size()) return std::nullopt;
-  Leaves leaves;
-  for (size_t i = 0; i < args.size(); ++i) {
-    auto leaf = args.get<ffi::AnyBuffer>(i);
-    auto result = results.get<ffi::AnyBuffer>(i);
-    if (!leaf.has_value() || !result.has_value()) return std::nullopt;
-    const int64_t num_bytes = NumBytes(*leaf);
-    if (NumBytes(**result) != num_bytes) return std::nullopt;
-    auto* data = static_cast<uint8_t*>((*result)->untyped_data());
-    if (data != leaf->untyped_data()) std::memcpy(data, leaf->untyped_data(), static_cast<size_t>(num_bytes));
-    leaves.data.push_back(data);
-    leaves.num_bytes.push_back(num_bytes);
-  }
-  return leaves;
+// The leaves of an op that hands them on.
+std::optional<Leaves> HandOn(const ffi::RemainingArgs& args, const ffi::RemainingRets& results) {
+  return HandOnLeaves(args, results, [](uint8_t* to, const uint8_t* from, int64_t num_bytes) {
+    std::memcpy(to, from, static_cast<size_t>(num_bytes));
+  });
 }
 
 void HandOnToken(const IdBuffer& token, IdResult& result) {
@@ -105,98 +39,16 @@ void HandOnToken(const IdBuffer& token, IdResult& result) {
   std::memcpy(result->typed_data(), token.typed_data(), count * sizeof(int32_t));
 }
 
-// The plans of a call, or nothing where they and the leaves contradict each other.
-std::optional<std::vector<PagePlan>> ParsePlans(const Geometry& geometry, const Leaves& leaves) {
-  const auto& [record_bytes, clear_from, rows] = geometry;
-  if (record_bytes < 1 || rows.size() == 0 || rows.size() % kPagePlanFields != 0) return std::nullopt;
-  if (clear_from < 0 || clear_from > record_bytes) return std::nullopt;
-  std::vector<PagePlan> plans(rows.size() / kPagePlanFields);
-  std::memcpy(plans.data(), rows.begin(), rows.size() * sizeof(int64_t));
-  int64_t free_bytes = record_bytes;
-  for (const PagePlan& plan : plans) {
-    if (plan.leaf < 0 || static_cast<size_t>(plan.leaf) >= leaves.data.size()) return std::nullopt;
-    if (!FitsInside(plan, leaves.num_bytes[static_cast<size_t>(plan.leaf)], record_bytes))
-      return std::nullopt;
-    if (plan.page_bytes() > free_bytes) return std::nullopt;  // Pages of one record share no byte.
-    free_bytes -= plan.page_bytes();
-  }
-  return plans;
-}
-
-// What one call found out and will report.
-class Tally {
- public:
-  explicit Tally(Int32s ids) : ids_(ids) {}
-
-  // Every usable (block, record) pair. `record_of(j)` is the place of entry j's record, or null. An op that
-  // writes leaves refuses repeats: two threads would write one page.
-  template <typename RecordOf>
-  std::vector<BlockMove> Collect(const std::vector<PagePlan>& plans, bool writes_leaves,
-                                 const RecordOf& record_of) {
-    int64_t num_blocks = plans[0].num_blocks;
-    for (const PagePlan& plan : plans) num_blocks = std::min(num_blocks, plan.num_blocks);
-    std::vector<bool> seen(writes_leaves ? static_cast<size_t>(num_blocks) : 0);
-    std::vector<BlockMove> moves;
-    moves.reserve(ids_.size());
-    for (size_t j = 0; j < ids_.size(); ++j) {
-      const int32_t block = ids_[j];
-      if (block == -1) continue;
-      uint8_t* record = record_of(static_cast<int64_t>(j));
-      if (block < 0 || block >= num_blocks) {
-        Refuse(j, kBadBlock);
-      } else if (record == nullptr) {
-        Refuse(j, kBadAddress);
-      } else if (writes_leaves && seen[static_cast<size_t>(block)]) {
-        Refuse(j, kRepeated);
-      } else {
-        if (writes_leaves) seen[static_cast<size_t>(block)] = true;
-        moves.push_back({block, record});
-      }
-    }
-    counts_[kMoved] = static_cast<int64_t>(moves.size());
-    return moves;
-  }
-
-  // Nothing moves; every entry that asked for something is refused for the same reason.
-  void RefuseAll(StatusEntry reason) {
-    counts_.fill(0);
-    any_refused_ = false;
-    for (size_t j = 0; j < ids_.size(); ++j) {
-      if (ids_[j] != -1) Refuse(j, reason);
-    }
-  }
-
-  void WriteTo(IdResult& status) {
-    const auto elapsed = std::chrono::steady_clock::now() - started_;
-    counts_[kElapsedUs] = std::chrono::duration_cast<std::chrono::microseconds>(elapsed).count();
-    for (size_t i = 0; i < std::min<size_t>(kStatusSize, status->element_count()); ++i) {
-      constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-      status->typed_data()[i] = static_cast<int32_t>(std::min(counts_[i], kMost));
-    }
-  }
-
- private:
-  void Refuse(size_t entry, StatusEntry reason) {
-    ++counts_[reason];
-    if (!std::exchange(any_refused_, true)) counts_[kFirstRefused] = static_cast<int64_t>(entry);
-  }
-
-  const std::chrono::steady_clock::time_point started_ = std::chrono::steady_clock::now();
-  const Int32s ids_;
-  std::array<int64_t, kStatusSize> counts_{};
-  bool any_refused_ = false;
-};
-
 // Runs a copy and reports how it ended, also when memory for its bookkeeping was refused.
 template <typename Copy>
 void Report(Int32s ids, IdResult& status, const Copy& copy) {
-  Tally tally(ids);
+  Tally tally(ids.begin(), ids.size());
   try {
     copy(tally);
   } catch (const std::bad_alloc&) {
     tally.RefuseAll(kNoMemory);
   }
-  tally.WriteTo(status);
+  tally.WriteTo(status->typed_data(), status->element_count());
 }
 
 // What a pool op is given beside its leaves. Without a generation there is no pool, without a number the call
@@ -237,7 +89,7 @@ class PoolRecords {
   bool has_pool() const { return arena_ != nullptr; }
 
   uint8_t* operator()(int64_t j) const {
-    const int64_t offset = kAddressUnit * addresses_[static_cast<size_t>(j)];
+    const int64_t offset = kAddressUnitBytes * addresses_[static_cast<size_t>(j)];
     return arena_->Contains(offset, record_bytes_) ? arena_->data() + offset : nullptr;
   }
 
@@ -257,7 +109,7 @@ void MoveThroughPool(Direction direction, Tally& tally, const PoolCall& call, st
   if (!records.has_pool()) return tally.RefuseAll(kNoPool);
   auto plans = leaves ? ParsePlans(geometry, *leaves) : std::nullopt;
   if (!plans) return tally.RefuseAll(kBadGeometry);
-  const auto moves = tally.Collect(*plans, direction == Direction::kFromPool, records);
+  const auto moves = tally.Collect(NumBlocks(*plans), direction == Direction::kFromPool, records);
   const PageCopier copier(std::move(*plans), std::move(leaves->data),
                           {geometry.record_bytes, geometry.clear_from});
   direction == Direction::kToPool ? copier.Gather(moves) : copier.Scatter(moves);
@@ -270,22 +122,20 @@ ffi::Error Offload(int64_t pool_id, int64_t record_bytes, int64_t clear_from, Pl
   const PoolCall call{
       pool_id,          {record_bytes, clear_from, rows}, First(Values(token)), std::nullopt, Values(ids),
       Values(addresses)};
-  Report(call.ids, status, [&](Tally& tally) {
-    MoveThroughPool(Direction::kToPool, tally, call, HandOnLeaves(args, results));
-  });
+  Report(call.ids, status,
+         [&](Tally& tally) { MoveThroughPool(Direction::kToPool, tally, call, HandOn(args, results)); });
   return ffi::Error::Success();
 }
 
 ffi::Error Restore(int64_t pool_id, int64_t record_bytes, int64_t clear_from, PlanRows rows, IdBuffer ids,
                    IdBuffer addresses, IdBuffer token, ffi::RemainingArgs args, IdResult token_out,
-                   IdResult status, ffi::RemainingRets results) {
+                   IdResult status, IdResult, ffi::RemainingRets results) {
   HandOnToken(token, token_out);
   const PoolCall call{
       pool_id,          {record_bytes, clear_from, rows}, First(Values(token)), std::nullopt, Values(ids),
       Values(addresses)};
-  Report(call.ids, status, [&](Tally& tally) {
-    MoveThroughPool(Direction::kFromPool, tally, call, HandOnLeaves(args, results));
-  });
+  Report(call.ids, status,
+         [&](Tally& tally) { MoveThroughPool(Direction::kFromPool, tally, call, HandOn(args, results)); });
   return ffi::Error::Success();
 }
 
@@ -302,9 +152,8 @@ ffi::Error WriteBlocks(int64_t pool_id, int64_t record_bytes, int64_t clear_from
                        IdBuffer numbers, ffi::RemainingArgs args, IdResult status,
                        ffi::RemainingRets results) {
   const PoolCall call = Unpack(pool_id, {record_bytes, clear_from, rows}, numbers);
-  Report(call.ids, status, [&](Tally& tally) {
-    MoveThroughPool(Direction::kFromPool, tally, call, HandOnLeaves(args, results));
-  });
+  Report(call.ids, status,
+         [&](Tally& tally) { MoveThroughPool(Direction::kFromPool, tally, call, HandOn(args, results)); });
   return ffi::Error::Success();
 }
 
@@ -332,21 +181,22 @@ ffi::Error GatherPages(int64_t record_bytes, int64_t clear_from, PlanRows rows, 
     auto plans = leaves ? ParsePlans(geometry, *leaves) : std::nullopt;
     if (!plans) return tally.RefuseAll(kBadGeometry);
     const StagedRecords records(staging->typed_data(), staging->dimensions(), record_bytes);
-    const auto moves = tally.Collect(*plans, /*writes_leaves=*/false, records);
+    const auto moves = tally.Collect(NumBlocks(*plans), /*writes_leaves=*/false, records);
     PageCopier(std::move(*plans), std::move(leaves->data), {record_bytes, clear_from}).Gather(moves);
   });
   return ffi::Error::Success();
 }
 
 ffi::Error ScatterPages(int64_t record_bytes, int64_t clear_from, PlanRows rows, ByteBuffer staging,
-                        IdBuffer ids, ffi::RemainingArgs args, IdResult status, ffi::RemainingRets results) {
+                        IdBuffer ids, ffi::RemainingArgs args, IdResult status, IdResult,
+                        ffi::RemainingRets results) {
   const Geometry geometry{record_bytes, clear_from, rows};
   Report(Values(ids), status, [&](Tally& tally) {
-    auto leaves = HandOnLeaves(args, results);
+    auto leaves = HandOn(args, results);
     auto plans = leaves ? ParsePlans(geometry, *leaves) : std::nullopt;
     if (!plans) return tally.RefuseAll(kBadGeometry);
     const StagedRecords records(staging.typed_data(), staging.dimensions(), record_bytes);
-    const auto moves = tally.Collect(*plans, /*writes_leaves=*/true, records);
+    const auto moves = tally.Collect(NumBlocks(*plans), /*writes_leaves=*/true, records);
     PageCopier(std::move(*plans), std::move(leaves->data), {record_bytes, clear_from}).Scatter(moves);
   });
   return ffi::Error::Success();
@@ -366,9 +216,8 @@ auto BindPoolOp() {
       .Arg<IdBuffer>()  // addresses
       .Arg<IdBuffer>()  // token
       .RemainingArgs()
-      .Ret<IdBuffer>()  // token
-      .Ret<IdBuffer>()  // status
-      .RemainingRets();
+      .Ret<IdBuffer>()   // token
+      .Ret<IdBuffer>();  // status
 }
 
 auto BindPageOp() {
@@ -377,16 +226,22 @@ auto BindPageOp() {
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(OffloadHandler, Offload, BindPoolOp());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(OffloadHandler, Offload, BindPoolOp().RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ReadBlocksHandler, ReadBlocks,
                               BindPool().Arg<IdBuffer>().RemainingArgs().Ret<IdBuffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(WriteBlocksHandler, WriteBlocks,
                               BindPool().Arg<IdBuffer>().RemainingArgs().Ret<IdBuffer>().RemainingRets());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(RestoreHandler, Restore, BindPoolOp());
+// Ops that write leaves have a result more than there is to tell: room that devices find repeats in.
+XLA_FFI_DEFINE_HANDLER_SYMBOL(RestoreHandler, Restore, BindPoolOp().Ret<IdBuffer>().RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GatherPagesHandler, GatherPages,
                               BindPageOp().Arg<IdBuffer>().RemainingArgs().Ret<ByteBuffer>().Ret<IdBuffer>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    ScatterPagesHandler, ScatterPages,
-    BindPageOp().Arg<ByteBuffer>().Arg<IdBuffer>().RemainingArgs().Ret<IdBuffer>().RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ScatterPagesHandler, ScatterPages,
+                              BindPageOp()
+                                  .Arg<ByteBuffer>()
+                                  .Arg<IdBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<IdBuffer>()
+                                  .Ret<IdBuffer>()
+                                  .RemainingRets());
 
 }  // namespace jaxkv

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 @final
 class StatusEntry(IntEnum):
-    """Entries of the int32 status array, as ``ffi/handlers.h`` defines them."""
+    """Entries of the int32 status array, as ``ffi/status.h`` defines them."""
 
     MOVED = 0
     BAD_BLOCK = 1
@@ -22,8 +22,9 @@ class StatusEntry(IntEnum):
     NO_POOL = 5
     NO_MEMORY = 6
     CANCELLED = 7
-    FIRST_REFUSED = 8
-    ELAPSED_US = 9
+    NOT_PINNED = 8
+    FIRST_REFUSED = 9
+    ELAPSED_US = 10
 
 
 STATUS_SIZE = len(StatusEntry)
@@ -36,6 +37,7 @@ _REASONS = {
     StatusEntry.NO_POOL: "host pool closed, unknown or of another process",
     StatusEntry.NO_MEMORY: "no memory for the copy's bookkeeping",
     StatusEntry.CANCELLED: "cancelled before it began",
+    StatusEntry.NOT_PINNED: "host pool that the system would not pin for a device",
 }
 
 
