@@ -7,6 +7,7 @@
 #   make bench-retention  how many prompts a host pool can serve, with and without retention
 #   make test-families   tests against the packages that allocate caches: flax, MaxText, gemma and others
 #   make test-gpu-compiler  what XLA's GPU compiler makes of the ops for an H100; needs no GPU
+#   make test-cuda  tests and benchmark on an NVIDIA GPU, with a report in gpu-report/; wants nvcc; JAX_CUDA=cuda12 for that one
 #   make mutants  which changes to connector and offload no test notices; MUTANTS='jaxkv.offload.claims*' for some
 # PYTHON=python3.12 picks another interpreter; VENV=dir another environment.
 
@@ -18,6 +19,8 @@ FUZZ_JOBS ?= 2
 MUTANTS ?=
 FAMILIES_VENV ?= .venv-families
 GPU_COMPILER_VENV ?= .venv-gpu-compiler
+CUDA_VENV ?= .venv-cuda
+JAX_CUDA ?= cuda13
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
 SOURCES := pyproject.toml README.md LICENSE $(shell find jaxkv ffi examples -type f \
@@ -25,7 +28,7 @@ SOURCES := pyproject.toml README.md LICENSE $(shell find jaxkv ffi examples -typ
 CPP := $(shell find ffi -name '*.cc' -o -name '*.h')
 
 .PHONY: help demo bench bench-scheduler bench-retention test fuzz test-families run-families \
-	test-gpu-compiler run-gpu-compiler mutants lint format docs native-test clean
+	test-gpu-compiler run-gpu-compiler test-cuda run-cuda mutants lint format docs native-test clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -68,6 +71,12 @@ test-gpu-compiler:
 run-gpu-compiler: $(VENV)/.gpu-compiler
 	@echo "== GPU compiler, $$($(BIN)/python --version), jax $$($(BIN)/python -c 'import jax; print(jax.__version__)')"
 	JAX_PLATFORMS=cpu JAXKV_REQUIRE_GPU_COMPILER=1 $(BIN)/pytest -n auto tests/gpu_compiler
+
+test-cuda:
+	@$(MAKE) --no-print-directory run-cuda VENV=$(CUDA_VENV)
+
+run-cuda: $(VENV)/.cuda
+	$(BIN)/python tests/cuda/gpu_report.py --output gpu-report
 
 lint: $(VENV)/.jaxkv $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -123,6 +132,13 @@ $(VENV)/.gpu-compiler: $(VENV)/.python $(SOURCES) tests/gpu_compiler/requirement
 		{ echo "the GPU compiler needs Python 3.12 or newer; try make test-gpu-compiler PYTHON=python3.12"; exit 1; }
 	@echo "== building jaxkv and installing XLA's GPU compiler into $(VENV)"
 	$(PIP) install ".[test]" -r tests/gpu_compiler/requirements.txt
+	@touch $@
+
+$(VENV)/.cuda: $(VENV)/.python $(SOURCES)
+	@command -v $${CUDACXX:-nvcc} >/dev/null || \
+		{ echo "no nvcc found; install the CUDA toolkit and put it on PATH, or set CUDACXX to it"; exit 1; }
+	@echo "== building jaxkv with its CUDA extension and installing JAX for $(JAX_CUDA) into $(VENV)"
+	$(PIP) install ".[bench,test]" "jax[$(JAX_CUDA)]" --config-settings=cmake.define.JAXKV_CUDA=on
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.python pyproject.toml
