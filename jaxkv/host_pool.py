@@ -7,7 +7,7 @@ import os
 import secrets
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType, TracebackType
@@ -83,6 +83,7 @@ class HostPool:
         self._creator = os.getpid()
         self._lock = threading.Lock()
         self._closed = False
+        self._at_close: list[Callable[[], object]] = []
         self._slot_sizes: frozenset[int] = frozenset()
         self._slots: SlotPool = native.SlotPool(arena_bytes, arena_bytes)
 
@@ -135,6 +136,8 @@ class HostPool:
             in_use = 0 if self._closed else self._slots.num_live
             self._closed = True
         self._arena.close()
+        while self._at_close:
+            self._at_close.pop()()
         return in_use
 
     # -- size ---------------------------------------------------------------------------------------------
@@ -259,6 +262,11 @@ class HostPool:
         """A first token for pool ops, shape ``(1,)``. It names the pool's generation: an op that is given the
         token of a closed pool moves nothing."""
         return np.array([self._arena.generation], np.int32)
+
+    def at_close(self, callback: Callable[[], object]) -> None:
+        """Have ``callback`` called when the pool is closed, by what holds on to its memory until then."""
+        with self._usable():
+            self._at_close.append(callback)
 
     def arena_bytes(self) -> npt.NDArray[np.uint8]:
         """All bytes of the arena, for a backend that copies on the host. Keeps the memory, pins no slot."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self, final
 
@@ -45,6 +45,7 @@ class AttachedPool:
             handle.pid, handle.fd, handle.capacity_bytes, handle.nonce
         )
         self._process = os.getpid()
+        self._at_close: list[Callable[[], object]] = []
 
     # -- life ---------------------------------------------------------------------------------------------
 
@@ -60,6 +61,8 @@ class AttachedPool:
         """Let go of the memory, as soon as no transfer and no view uses it. The owner's pool stays open."""
         self._require_own_process()
         self._arena.close()
+        while self._at_close:
+            self._at_close.pop()()
 
     @property
     def closed(self) -> bool:
@@ -124,6 +127,11 @@ class AttachedPool:
     def token(self) -> npt.NDArray[np.int32]:
         """As ``HostPool.token``, shape ``(1,)``."""
         return np.array([self._arena.generation], np.int32)
+
+    def at_close(self, callback: Callable[[], object]) -> None:
+        """As ``HostPool.at_close``."""
+        self._require_usable()
+        self._at_close.append(callback)
 
     def arena_bytes(self) -> npt.NDArray[np.uint8]:
         """All bytes of the arena. Keeps the memory."""

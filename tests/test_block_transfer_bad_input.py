@@ -223,8 +223,9 @@ def test_options_that_cannot_work_are_errors(pool: HostPool) -> None:
         BlockTransfer(canonical, pool, blocks_per_chunk=1.5)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="unknown backend 'tpu'"):
         BlockTransfer(canonical, pool, backend="tpu")
-    with pytest.raises(NativeError, match="no CUDA backend"):
-        BlockTransfer(canonical, pool, backend="cuda")
+    if jax.default_backend() != "gpu":
+        with pytest.raises(NativeError, match="CUDA"):
+            BlockTransfer(canonical, pool, backend="cuda")
     with pytest.raises(ConfigError, match="no group 7; the caches have groups 0 to 0"):
         transfer.reserve(GroupId(7), 1)
     with HostPool(4096) as small, pytest.raises(ConfigError, match="cannot hold one slot"):

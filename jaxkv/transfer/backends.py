@@ -33,6 +33,13 @@ class PageMover(ABC):
     def restore(self, leaves: Leaves, entries: Entries) -> tuple[list[jax.Array], Status]:
         """Start copying blocks in. Consumes ``leaves``; returns the new ones and the status to come."""
 
+    def prefetch(self, device: jax.Device, entries: Entries) -> Status | None:
+        """Start bringing records to ``device`` ahead of a restore. ``None`` where that gains nothing."""
+        return None
+
+    def forget_prefetched(self, device: jax.Device, entries: Entries) -> None:
+        """Restore these records from their slots, whatever was prefetched."""
+
     @abstractmethod
     def warm_up_offload(self, leaves: Leaves, num_entries: int) -> None:
         """Compile every program that offloads padded to ``num_entries`` may run."""
@@ -47,6 +54,8 @@ class TransferBackend(ABC):
 
     restores_in_place: ClassVar[bool]
     """Whether a restore promises to return the buffers it was given."""
+    orders_launches: ClassVar[bool]
+    """Whether transfers that one thread starts read and write slots in that order."""
 
     @abstractmethod
     def require_reachable(self, device: jax.Device) -> None:
@@ -62,6 +71,7 @@ class XlaBackend(TransferBackend):
     """The page ops in plain JAX, and copies between their staging and the pool on the caller's thread."""
 
     restores_in_place = False
+    orders_launches = True
 
     def __init__(self, pool: AnyPool) -> None:
         self._arena = pool.arena_bytes

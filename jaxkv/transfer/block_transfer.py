@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jaxkv.canonical import CanonicalKVCaches
-from jaxkv.errors import CacheMismatchError, ConfigError, NativeError
+from jaxkv.errors import CacheMismatchError, ConfigError
 from jaxkv.keys import GroupId
 from jaxkv.records import GroupRecord
 from jaxkv.shared_pool import AnyPool
@@ -34,6 +34,8 @@ from jaxkv.transfer.checks import (
     make_entries,
 )
 from jaxkv.transfer.cpu import CpuBackend
+from jaxkv.transfer.cuda import CudaBackend
+from jaxkv.transfer.cuda_device import has_cuda
 from jaxkv.transfer.movers import GroupMover, make_group_mover
 from jaxkv.transfer.ticket import Move, Ticket
 from jaxkv.transfer.under_way import SlotUse, transfers_under_way
@@ -82,11 +84,11 @@ class SlotLease(Sequence[Slot]):
 class BlockTransfer:
     """Copies blocks between the caches ``canonical`` describes and slots of ``pool``.
 
-    A slot holds a chunk: ``blocks_per_chunk`` block records, one after another. ``backend`` is ``"cpu"``
-    (compiled handlers, in place), ``"xla"`` (plain JAX, any platform) or ``"auto"``: the first of these that
-    fits the default platform. Of caches on a mesh it moves the blocks of one ``data_shard``, in the shards
-    that this process drives. Transfers may be started from several threads. Whatever is refused raises before
-    anything is dispatched and leaves the caches usable.
+    A slot holds a chunk: ``blocks_per_chunk`` block records, one after another. ``backend`` is ``"cpu"`` or
+    ``"cuda"`` (compiled handlers, in place), ``"xla"`` (plain JAX, any platform) or ``"auto"``: the first of
+    these that fits the default platform. Of caches on a mesh it moves the blocks of one ``data_shard``, in
+    the shards that this process drives. Transfers may be started from several threads. Whatever is refused
+    raises before anything is dispatched and leaves the caches usable.
 
     With ``layerwise`` a restore is a program for each layer, in the order of the config, so that a model
     dispatched layer by layer begins before the last layer is there. A model that is one program waits for all
@@ -164,7 +166,7 @@ class BlockTransfer:
         chunks = self._chunks(group, slots)
         check_slots_differ(chunks)
         ids = check_block_ids(block_ids, self._record(group).num_blocks)
-        use = SlotUse(chunks, threading.current_thread(), writes_pool=True)
+        use = SlotUse(chunks, self._launched_by(threading.current_thread()), writes_pool=True)
         self._under_way.wait_for_turn(use)
         with self._pinned(group, ids, chunks, first_block) as entries:
             moves = []
@@ -174,11 +176,20 @@ class BlockTransfer:
         return self._under_way.start(group, use, moves)
 
     def prefetch(self, group: GroupId, slots: Sequence[Slot]) -> Ticket:
-        """Start moving slots towards the device, ahead of ``restore``; nothing to do on the host platform."""
+        """Start moving slots towards the device, ahead of ``restore``, beside whatever the device does.
+
+        On a CUDA device a later ``restore`` of these slots finds what they held now in staging memory, as far
+        as that has room. On the CPU, and for blocks spread over several devices, there is nothing to do.
+        """
         chunks = self._chunks(group, slots)
-        with self._pinned(group, np.zeros(0, np.int64), chunks, 0):
-            pass  # On the host platform the slots are where they will be read.
-        return self._under_way.start(group, SlotUse(chunks, self, writes_pool=False), [])
+        use = SlotUse(chunks, self._launched_by(self), writes_pool=False)
+        self._under_way.wait_for_turn(use)
+        every_block = np.zeros(len(chunks) * self.blocks_per_chunk, np.int64)
+        with self._pinned(group, every_block, chunks, 0) as entries:
+            moves = self.movers[group].prefetch(entries)
+        if moves:
+            self._under_way.prefetched.add(chunks.epochs)
+        return self._under_way.start(group, use, moves)
 
     def restore(
         self,
@@ -199,10 +210,13 @@ class BlockTransfer:
         ids = check_block_ids(block_ids, self._record(group).num_blocks)
         check_no_repeats(ids)
         moves: list[Move] = []
-        use = SlotUse(chunks, self._launcher or threading.current_thread(), writes_pool=False)
+        launcher = self._launcher or threading.current_thread()
+        use = SlotUse(chunks, self._launched_by(launcher), writes_pool=False)
         self._under_way.wait_for_turn(use)
         with self._pinned(group, ids, chunks, first_block) as entries:
             if entries.num_blocks:
+                if not self._under_way.prefetched.take(chunks.epochs):
+                    self.movers[group].forget_prefetched(entries)
                 with _span("jaxkv.restore", group, entries):
                     kv_caches, moves = self._write(kv_caches, group, leaves, entries)
         return kv_caches, self._under_way.start(group, use, moves)
@@ -223,6 +237,10 @@ class BlockTransfer:
     def settle(self) -> None:
         """Let go of slots whose transfers have ended. Waits for nothing."""
         self._under_way.settle()
+
+    def _launched_by(self, launcher: object) -> object:
+        """What orders a transfer after others: whatever launches it, or nothing but the transfer itself."""
+        return launcher if self.backend.orders_launches else object()
 
     def _record(self, group: GroupId) -> GroupRecord:
         records = self.canonical.records
@@ -273,8 +291,13 @@ class BlockTransfer:
                 written, moves = self.movers[group].restore(leaves, entries)
             else:
                 written, moves = _result(self._launcher.submit(self.movers[group].restore, leaves, entries))
-        except jax.errors.JaxRuntimeError:
+        except jax.errors.JaxRuntimeError as error:
             _require_distinct_buffers(list(leaves.values()))
+            if "external reference" in str(error):
+                raise CacheMismatchError(
+                    "a cache leaf cannot be written in place, because something else still uses it (a DLPack "
+                    f"view does); drop that before restoring: {error}"
+                ) from error
             raise
         if self.backend.restores_in_place:
             self._count_copies(sum(move.num_copied_leaves for move in moves))
@@ -314,18 +337,24 @@ def _result(
 
 
 def make_backend(name: str, pool: AnyPool) -> TransferBackend:
-    """The backend of that name. ``"auto"`` is ``"cpu"`` where JAX runs on the CPU, else ``"xla"``."""
+    """The backend of that name. ``"auto"`` is the best for the platform that JAX runs on."""
     if name == "auto":
-        name = "cpu" if jax.default_backend() == "cpu" else "xla"
+        name = _best_backend(jax.default_backend())
     match name:
         case "cpu":
             return CpuBackend(pool)
         case "xla":
             return XlaBackend(pool)
         case "cuda":
-            raise NativeError("this build of jaxkv has no CUDA backend; use backend='xla' on a GPU")
+            return CudaBackend(pool)
         case _:
             raise ConfigError(f"unknown backend {name!r}; use 'auto', 'cpu', 'xla' or 'cuda'")
+
+
+def _best_backend(platform: str) -> str:
+    if platform == "gpu" and has_cuda():
+        return "cuda"
+    return "cpu" if platform == "cpu" else "xla"
 
 
 def _make_movers(

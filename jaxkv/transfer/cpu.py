@@ -27,6 +27,7 @@ class CpuBackend(TransferBackend):
     """One program per group and bucket: a custom call that copies all leaves, in place when it restores."""
 
     restores_in_place = True
+    orders_launches = True
 
     def __init__(self, pool: AnyPool) -> None:
         register_targets()

@@ -39,6 +39,14 @@ class GroupMover(ABC):
     ) -> tuple[dict[int, jax.Array], list[Move]]:
         """Start copying blocks in. Consumes ``leaves``; returns the new ones, by index."""
 
+    def prefetch(self, entries: Entries) -> list[Move]:
+        """Start bringing records to where the last transfer was, ahead of a restore. Nothing where that gains
+        nothing, or the blocks are spread over several devices."""
+        return []
+
+    def forget_prefetched(self, entries: Entries) -> None:
+        """Restore these records from their slots, whatever was prefetched."""
+
     @abstractmethod
     def warm_up(self, leaves: Mapping[int, jax.Array], num_entries: int) -> dict[int, jax.Array]:
         """Compile what transfers padded to ``num_entries`` run. Consumes ``leaves``; returns them."""
@@ -56,6 +64,19 @@ class OneDeviceMover(GroupMover):
             (part, self.mover if part is pages else backend.mover(part)) for part in _cut(pages, waves)
         ]
         self._seen_shardings: list[jax.sharding.Sharding] = []
+        self._device: jax.Device | None = None
+
+    def prefetch(self, entries: Entries) -> list[Move]:
+        """See ``GroupMover``."""
+        if self._device is None:
+            return []
+        status = self.mover.prefetch(self._device, entries)
+        return [] if status is None else [Move(status, entries, self._pages.block_bytes)]
+
+    def forget_prefetched(self, entries: Entries) -> None:
+        """See ``GroupMover``."""
+        if self._device is not None:
+            self.mover.forget_prefetched(self._device, entries)
 
     def offload(self, leaves: Mapping[int, jax.Array], entries: Entries) -> list[Move]:
         """See ``GroupMover``."""
@@ -93,8 +114,9 @@ class OneDeviceMover(GroupMover):
         given = [leaves[index] for index in self._pages.leaves]
         shardings = [leaf.sharding for leaf in given]
         if shardings != self._seen_shardings:  # As a rule the same objects as the last time.
-            self._backend.require_reachable(only_device(given))
-            self._seen_shardings = shardings
+            device = only_device(given)
+            self._backend.require_reachable(device)
+            self._seen_shardings, self._device = shardings, device
         return given
 
 

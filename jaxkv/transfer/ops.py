@@ -34,6 +34,7 @@ from jaxkv.transfer.targets import (
     RESTORE,
     SCATTER_PAGES,
     WRITE_BLOCKS,
+    prepare_pool,
     register_targets,
 )
 
@@ -112,7 +113,8 @@ def restore(
     """
     _require_one_device(leaves, pages)
     operands = (_as_ids(block_ids, "block_ids"), _as_ids(addresses, "addresses"), _as_token(token))
-    token_out, status, *written = _pool_call(RESTORE, pool, operands, leaves, pages)
+    room = _room_for_repeats(operands[0])
+    token_out, status, _, *written = _pool_call(RESTORE, pool, operands, leaves, pages, room)
     return token_out, status, written
 
 
@@ -164,8 +166,10 @@ def _scatter(
     staging: jax.Array, ids: jax.Array, *leaves: jax.Array, pages: GroupPages
 ) -> tuple[jax.Array, ...]:
     def scatter(*operands: jax.Array) -> tuple[jax.Array, ...]:
-        aliases = {i: i - 1 for i in range(2, len(operands))}
-        return _call(SCATTER_PAGES, (_STATUS, *_shapes(operands[2:])), operands, pages, aliases)
+        aliases = {i: i for i in range(2, len(operands))}
+        results = (_STATUS, _room_for_repeats(operands[1]), *_shapes(operands[2:]))
+        status, _, *written = _call(SCATTER_PAGES, results, operands, pages, aliases)
+        return status, *written
 
     grid = find_grid(leaves, pages)
     _require_ids_for_each_shard(ids, grid)
@@ -188,10 +192,13 @@ def _pool_call(
     operands: tuple[jax.Array, jax.Array, jax.Array],
     leaves: Sequence[jax.Array],
     pages: GroupPages,
+    *rooms: jax.ShapeDtypeStruct,
 ) -> tuple[jax.Array, ...]:
-    """An op that hands on the token, the last of ``operands``, and the leaves."""
-    aliases = {2: 0} | {3 + i: 2 + i for i in range(len(leaves))}
-    results = (_struct((1,), jnp.int32), _STATUS, *_shapes(leaves))
+    """An op that hands on the token, the last of ``operands``, and the leaves. ``rooms`` are results between
+    them."""
+    prepare_pool(pool)
+    aliases = {2: 0} | {3 + i: 2 + len(rooms) + i for i in range(len(leaves))}
+    results = (_struct((1,), jnp.int32), _STATUS, *rooms, *_shapes(leaves))
     return _call(target, results, (*operands, *leaves), pages, aliases, pool_id=np.int64(pool.pool_id))
 
 
@@ -210,6 +217,12 @@ def _call(
     types: list[Any] = [jax.typeof(operand) for operand in operands]
     varying = sorted(set().union(*(type_.manual_axis_type.varying for type_ in types)))
     return tuple(jax.lax.pcast(output, tuple(varying), to="varying") for output in outputs)
+
+
+def _room_for_repeats(ids: jax.Array) -> jax.ShapeDtypeStruct:
+    """Where a device notes which ids it was given before."""
+    room: jax.ShapeDtypeStruct = _struct(ids.shape, jnp.int32)
+    return room
 
 
 def _shapes(leaves: Sequence[jax.Array]) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -5,18 +5,35 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Protocol, final, runtime_checkable
 
 import jax
 import numpy as np
 import numpy.typing as npt
+from numpy.typing import DTypeLike
 
 from jaxkv.host_pool import load_native
 from jaxkv.keys import GroupId
 from jaxkv.transfer.checks import Entries
 from jaxkv.transfer.status import StatusEntry, explain_refusals
 
-Status = jax.Array | npt.NDArray[np.int32]
+
+@runtime_checkable
+class PendingStatus(Protocol):
+    """A status that is no array yet; ``np.asarray`` waits for it."""
+
+    def is_ready(self) -> bool:
+        """Whether it would not wait."""
+
+    def cancel(self) -> None:
+        """Let what has not begun not begin."""
+
+    def __array__(
+        self, dtype: DTypeLike | None = None, copy: bool | None = None
+    ) -> npt.NDArray[np.int32]: ...
+
+
+Status = jax.Array | npt.NDArray[np.int32] | PendingStatus
 
 
 @final
@@ -71,6 +88,13 @@ class Move:
             counts[StatusEntry.CANCELLED] > 0,
         )
 
+    def cancel(self) -> None:
+        """Let the program not begin, if it has not."""
+        if isinstance(self.status, PendingStatus):
+            self.status.cancel()
+        else:
+            load_native().cancel_call(self.entries.call_number)
+
     def _tell(self, text: str) -> str:
         return text if self.where is None else f"{self.where}: {text}"
 
@@ -108,10 +132,11 @@ class Ticket:
     def cancel(self) -> None:
         """Let what has not begun not begin; ``wait`` tells whether that came in time. Waits for nothing."""
         # Without the lock, which a thread that waits holds. Whoever comes second forgets the numbers.
-        numbers = {move.entries.call_number for move in self._moves}
+        moves = self._moves
+        numbers = {move.entries.call_number for move in moves}
         self._cancelled = True
-        for number in numbers:
-            load_native().cancel_call(number)
+        for move in moves:
+            move.cancel()
         if self._result is not None:
             _forget(numbers)
 

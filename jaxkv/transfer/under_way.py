@@ -14,6 +14,7 @@ import numpy as np
 from jaxkv.keys import GroupId
 from jaxkv.shared_pool import AnyPool
 from jaxkv.slots import Slots
+from jaxkv.transfer.prefetched import PrefetchedSlots
 from jaxkv.transfer.ticket import Move, Ticket
 
 
@@ -47,6 +48,7 @@ class TransfersUnderWay:
         self._pool = ref(pool)
         self._lock = threading.Lock()
         self._uses: dict[Ticket, SlotUse] = {}
+        self.prefetched = PrefetchedSlots()
 
     def settle(self) -> None:
         """Unpin slots whose transfers have ended. Waits for nothing."""
