@@ -49,7 +49,7 @@ class MeshPlan:
 
     def make(self) -> Mesh:
         shape = tuple(size for _, size in self.axes)
-        devices = np.array(jax.devices("cpu")[: math.prod(shape)])
+        devices = np.array(jax.devices()[: math.prod(shape)])
         if self.is_shuffled:
             devices = np.random.default_rng(0).permutation(devices)
         return Mesh(devices.reshape(shape), tuple(name for name, _ in self.axes))

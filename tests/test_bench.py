@@ -17,6 +17,8 @@ from jaxkv.cli.bench.base import Bench
 from jaxkv.cli.bench.copy_caches import make_shape
 from jaxkv.cli.bench.copy_contenders import HostSide, JaxSide
 from jaxkv.cli.bench.copy_measure import CopyFigures, CopyResult, CopySettings
+from jaxkv.cli.bench.cuda_measure import LINK, CudaFigures, CudaResult, CudaSettings
+from jaxkv.cli.bench.cuda_report import print_cuda
 from jaxkv.cli.bench.memory_measure import MemoryFigures, MemorySettings, PeakResult, PoolResult
 from jaxkv.cli.bench.memory_report import print_memory
 from jaxkv.cli.bench.parser import BENCHES
@@ -81,7 +83,7 @@ def test_what_copies_are_compared_with_moves_the_blocks_it_was_told(strided):
     shape = make_shape(8192, 2, 1 << 19, strided=strided)
     ids = np.random.default_rng(0).permutation(shape.num_blocks).astype(np.int32)
     host = HostSide(shape, ids, 2)
-    plain = JaxSide(shape, ids, host)
+    plain = JaxSide(shape, ids, host.buffers)
     leaves = host.leaves.copy()
     plain.leaves = [jnp.array(leaf) for leaf in leaves]
     taken = np.take(leaves, ids, axis=1 + shape.block_axis)
@@ -141,6 +143,54 @@ def test_page_sizes_that_cannot_be_made_are_refused(capsys, pages):
     with pytest.raises(SystemExit):
         main(["bench", "copy", "--pages", pages])
     assert "must be a multiple of 4KiB" in capsys.readouterr().err
+
+
+def moved(direction: str, seconds: dict[str, tuple[float, ...]]) -> CudaResult:
+    return CudaResult(direction, make_shape(4096, 1, 1 << 20), seconds, {"jaxkv": (0.5, 0.5, 0.5)})
+
+
+def test_copies_of_a_gpu_are_shown_as_rates_and_shares_of_the_link():
+    out = moved("offload", {"jaxkv": (1.0, 2.0, 4.0), LINK: (0.5, 1.5, 1.0), "other": (8.0, 8.0, 8.0)})
+    back = moved("restore", {"jaxkv": (1.0, 1.0, 1.0), LINK: (1.0, 1.0, 1.0)})
+    assert out.gb_per_s("jaxkv") == pytest.approx((1 << 20) / 2e9)
+    assert out.on_device_gb_per_s("jaxkv") == pytest.approx((1 << 20) / 5e8)
+    assert out.of_link("jaxkv") == 0.5
+    contenders = {one["name"]: one for one in out.as_json()["contenders"]}
+    assert contenders["jaxkv"]["on_device_gb_s"] == out.on_device_gb_per_s("jaxkv")
+    assert contenders["other"]["on_device_gb_s"] is None
+    console = Console(file=io.StringIO(), width=100)
+    print_cuda(CudaFigures(CudaSettings(), "a GPU", "some way", (out, back)), console)
+    lines = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
+    for line in ("jaxkv goes: some way", "offload, 1 leaf 4 KiB", "restore, 1 leaf 4 KiB", "jaxkv 0.50"):
+        assert line in lines
+
+
+def test_a_benchmark_of_gpus_says_so_where_there_is_none(capsys, monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: "cpu")
+    assert main(["bench", "cuda"]) == 2
+    assert "this benchmark wants an NVIDIA GPU" in capsys.readouterr().err
+
+
+def test_a_benchmark_of_the_host_is_refused_on_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    assert main(COPY) == 2
+    assert "'jaxkv bench cuda'" in capsys.readouterr().err
+
+
+@pytest.mark.cuda
+def test_cuda_benchmark_gives_json(capsys):
+    argv = ["bench", "cuda", "--pages", "4KiB", "--bytes", "1MiB", "--repeats", "1", "--json"]
+    assert main([*argv, "--leaves", "2"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    results = document["results"]
+    assert [(one["direction"], one["run_bytes"]) for one in results] == [
+        ("offload", 4096),
+        ("restore", 4096),
+        ("offload", 4096),
+        ("restore", 4096),
+    ]
+    names = {one["name"] for result in results for one in result["contenders"]}
+    assert {"jaxkv", "jaxkv, direct", "jaxkv, engine", "jaxkv, kernel", LINK} <= names
 
 
 def test_latency_benchmark_names_each_way_and_what_it_should_take(capsys, tmp_path):

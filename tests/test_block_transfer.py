@@ -11,16 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from block_moves import check_all_groups, check_chunks, many_leaves, pointers, set_up, some_blocks
 
 from jaxkv import host_pool
 from jaxkv import slots as slots_module
-from jaxkv.canonical import CanonicalKVCaches, canonicalize
 from jaxkv.errors import (
     SlotError,
 )
 from jaxkv.host_pool import HostPool
 from jaxkv.keys import GroupId
-from jaxkv.spec import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from jaxkv.testing import LAYOUT_CASES, LayoutCase, assert_same_caches, layout_case, numpy_copy
 from jaxkv.transfer import BlockTransfer, Ticket, block_transfer, ops
 from jaxkv.transfer.checks import Entries, make_entries
@@ -29,8 +28,6 @@ from jaxkv.transfer.status import make_status
 from jaxkv.transfer.ticket import Move
 
 BACKENDS = ("cpu", "xla")
-ON_GPU = pytest.param("auto", marks=pytest.mark.cuda, id="gpu")
-"""Whatever "auto" chooses where JAX runs on a GPU."""
 POOL_BYTES = 4 << 20
 
 
@@ -40,48 +37,12 @@ def pool() -> Iterator[HostPool]:
         yield opened
 
 
-def set_up(case: LayoutCase, pool: HostPool, **options: Any) -> tuple[Any, CanonicalKVCaches, BlockTransfer]:
-    kv_caches = case.build(1)
-    canonical = canonicalize(kv_caches, case.config, case.hints)
-    return kv_caches, canonical, BlockTransfer(canonical, pool, **options)
-
-
-def groups_of(canonical: CanonicalKVCaches) -> list[GroupId]:
-    return [GroupId(g) for g in range(len(canonical.groups))]
-
-
-def some_blocks(num_blocks: int, seed: int = 0) -> np.ndarray:
-    """About half of the blocks, in random order, the last one always among them."""
-    rng = np.random.default_rng(seed)
-    chosen = rng.permutation(num_blocks - 1)[: num_blocks // 2]
-    return np.append(chosen, num_blocks - 1).astype(np.int32)
-
-
-@pytest.mark.parametrize("backend", [*BACKENDS, ON_GPU])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", LAYOUT_CASES, ids=str)
 def test_slots_and_restored_blocks_hold_the_bytes_the_oracle_finds_and_others_stay(
     case: LayoutCase, backend: str, pool: HostPool
 ) -> None:
-    kv_caches, canonical, transfer = set_up(case, pool, backend=backend)
-    source, target = numpy_copy(kv_caches), case.build(2)
-    expected = numpy_copy(target)
-    for group in groups_of(canonical):
-        pages = canonical.groups[group]
-        ids = some_blocks(pages.num_blocks)
-        into = np.random.default_rng(3).permutation(ids)
-        with transfer.reserve(group, len(ids)) as slots:
-            result = transfer.offload(kv_caches, group, ids, slots).wait()
-            assert result.error is None
-            assert result.num_bytes == len(ids) * pages.block_bytes
-            for block, place, slot in zip(ids, into, slots, strict=True):
-                record, held = case.oracle(source, group, int(block)), bytes(pool.view(slot))
-                assert held[: pages.block_bytes] == record
-                assert held[pages.block_bytes :] == bytes(pages.record_bytes - pages.block_bytes)
-                case.poke(expected, group, int(place), record)
-            target, ticket = transfer.restore(target, group, into, slots)
-            assert ticket.wait().error is None
-    assert_same_caches(kv_caches, source)
-    assert_same_caches(target, expected)
+    check_all_groups(case, pool, backend=backend)
 
 
 def test_a_first_block_may_be_of_any_integer_type(pool: HostPool) -> None:
@@ -97,48 +58,7 @@ def test_a_first_block_may_be_of_any_integer_type(pool: HostPool) -> None:
 def test_chunks_of_several_blocks_are_filled_from_any_start_and_skip_minus_one(
     backend: str, first_block: int, pool: HostPool
 ) -> None:
-    case = layout_case("packed_kv")
-    kv_caches, canonical, transfer = set_up(case, pool, backend=backend, blocks_per_chunk=3)
-    group, pages = GroupId(0), canonical.groups[0]
-    ids = [4, -1, 9, 0, 7]
-    with transfer.reserve(group, 3) as slots:
-        for slot in slots:
-            pool.view(slot)[:] = b"\xee" * slot.num_bytes
-        result = transfer.offload(kv_caches, group, ids, slots, first_block=first_block).wait()
-        assert result.num_bytes == 4 * pages.block_bytes
-        held = b"".join(bytes(pool.view(slot)) for slot in slots)
-        host = numpy_copy(kv_caches)
-        expected = bytearray(b"\xee" * len(held))
-        for j, block in enumerate(ids):
-            if block >= 0:
-                record = case.oracle(host, 0, block).ljust(pages.record_bytes, b"\0")
-                start = (first_block + j) * pages.record_bytes
-                expected[start : start + pages.record_bytes] = record
-        assert held == expected
-
-        target = case.build(2)
-        wanted = numpy_copy(target)
-        into = [1, 2, -1, 8, 3]
-        # Where nothing was offloaded, the slot's own bytes are restored.
-        for j, block in enumerate(into):
-            if block >= 0:
-                start = (first_block + j) * pages.record_bytes
-                case.poke(wanted, 0, block, held[start : start + pages.block_bytes])
-        target, ticket = transfer.restore(target, group, into, slots, first_block=first_block)
-        assert ticket.wait().error is None
-        assert_same_caches(target, wanted)
-
-
-def many_leaves(num_layers: int) -> tuple[dict[str, Any], CanonicalKVCaches]:
-    names = tuple(f"layers.{i}" for i in range(num_layers))
-    config = KVCacheConfig((KVCacheGroupSpec(names, FullAttentionSpec(4, 2, 8, jnp.float32), 16),))
-    keys = jax.random.split(jax.random.key(0), num_layers)
-    kv_caches = {name: jax.random.normal(k, (16, 4, 4, 8)) for name, k in zip(names, keys, strict=True)}
-    return kv_caches, canonicalize(kv_caches, config)
-
-
-def pointers(kv_caches: Any) -> list[int]:
-    return [leaf.unsafe_buffer_pointer() for leaf in jax.tree_util.tree_leaves(kv_caches)]
+    check_chunks(pool, first_block, backend=backend)
 
 
 @pytest.mark.parametrize("num_layers", [1, 60])

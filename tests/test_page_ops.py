@@ -20,7 +20,9 @@ from jaxkv.testing.arrays import as_bytes
 from jaxkv.transfer import ops, reference, xla_ops
 from jaxkv.transfer.status import StatusEntry, explain_refusals, make_status
 
-OPS = pytest.mark.parametrize("ops_of", [ops, xla_ops], ids=["cpu", "xla"])
+pytestmark = pytest.mark.usefixtures("platform")
+
+OPS = pytest.mark.parametrize("ops_of", [ops, xla_ops], ids=["compiled", "xla"])
 XLA_CASES = (
     *("packed_kv", "head_major", "block_axis_last", "kernel_blocks_of_split_kv"),
     *("float4_scales_float8_e8m0fnu", "mamba_two_dtypes", "layers_in_padded_rows", "dense_scales"),
@@ -48,7 +50,7 @@ def counts(status: jax.Array) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("ops_of", "case"),
     [
-        *(pytest.param(ops, case, id=f"cpu-{case}") for case in LAYOUT_CASES),
+        *(pytest.param(ops, case, id=f"compiled-{case}") for case in LAYOUT_CASES),
         *(pytest.param(xla_ops, layout_case(name), id=f"xla-{name}") for name in XLA_CASES),
     ],
 )
@@ -75,6 +77,7 @@ def test_gather_and_scatter_equal_the_reference(case: LayoutCase, ops_of: Any) -
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="XLA drops the barrier too early")
+@pytest.mark.parametrize("platform", ["cpu"], indirect=True)  # tests/gpu_compiler has it for a GPU
 @OPS
 def test_a_gather_that_a_barrier_puts_before_a_write_copies_no_leaf(ops_of: Any) -> None:
     leaves, pages = group_of(layout_case("wide_pages"))

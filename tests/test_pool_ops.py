@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from jaxkv.slots import Slot
 from jaxkv.testing import assert_same_bytes
 from jaxkv.testing.arrays import as_bytes
 from jaxkv.transfer import offload, ops, reference, restore
+from jaxkv.transfer.cuda_device import pin_pool
 from jaxkv.transfer.status import StatusEntry
 
 NUM_BLOCKS = 6
@@ -48,9 +49,25 @@ PAGES = GroupPages(
 NUM_SLOTS = 8
 
 
+pytestmark = pytest.mark.usefixtures("platform")
+
+
 @pytest.fixture
-def pool() -> Iterator[HostPool]:
-    with HostPool(1 << 16) as opened:
+def open_pool(platform: str) -> Callable[[], HostPool]:
+    """Opens pools that the platform's programs reach."""
+
+    def open_one() -> HostPool:
+        opened = HostPool(1 << 16)
+        if platform == "gpu":
+            pin_pool(opened)
+        return opened
+
+    return open_one
+
+
+@pytest.fixture
+def pool(open_pool: Callable[[], HostPool]) -> Iterator[HostPool]:
+    with open_pool() as opened:
         yield opened
 
 
@@ -239,8 +256,10 @@ def test_a_donated_cache_survives_every_refusal(pool: HostPool, slots: list[Slot
         assert_same_bytes(leaf, old)
 
 
-def test_a_program_compiled_for_a_closed_pool_does_not_touch_the_pool_that_took_its_number() -> None:
-    first = HostPool(1 << 16)
+def test_a_program_compiled_for_a_closed_pool_does_not_touch_the_pool_that_took_its_number(
+    open_pool: Callable[[], HostPool],
+) -> None:
+    first = open_pool()
     token = first.token()
     step = jax.jit(lambda t, *xs: offload(first, t, xs, ids(1), ids(0), PAGES))
     _, status, _ = step(token, *leaves_of(1))
@@ -249,7 +268,7 @@ def test_a_program_compiled_for_a_closed_pool_does_not_touch_the_pool_that_took_
     first.close()
     _, status, _ = step(token, *leaves_of(1))
     assert counts(status) == {"NO_POOL": 1}
-    with HostPool(1 << 16) as second:
+    with open_pool() as second:
         assert second.pool_id == number
         _, status, _ = step(token, *leaves_of(1))
         assert counts(status) == {"NO_POOL": 1}

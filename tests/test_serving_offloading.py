@@ -15,6 +15,8 @@ from jaxkv.connector.lookup import Deferral
 from jaxkv.offload import LookupResult, OffloadingManager
 from jaxkv.serving import EngineConfig, LLMEngine, SamplingParams
 
+pytestmark = pytest.mark.usefixtures("platform")
+
 ALL = ("full", "window", "state")
 KINDS = [("full",), ("full", "window"), ("window", "state"), ALL]
 TIGHT = {"full": 31, "window": 14, "state": 4}

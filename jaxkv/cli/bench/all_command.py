@@ -38,7 +38,7 @@ def _run(args: argparse.Namespace, benches: Sequence[Bench]) -> int:
     with needs_extra("bench", "the benchmarks"):
         from jaxkv.cli.bench.show import print_environment  # noqa: PLC0415
 
-        shown = [(bench, bench.load_report(), bench.load_plot()) for bench in benches]
+        shown = [(bench, bench.load_report(), bench.load_plot()) for bench in benches if bench.runs_here()]
     args.output.mkdir(parents=True, exist_ok=True)
     written = []
     for bench, report, plot in shown:

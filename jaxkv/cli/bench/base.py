@@ -28,6 +28,10 @@ class Bench(ABC):
     short: ClassVar[Sequence[str]] = ()
     """Options with which it is part of a short run of everything."""
 
+    def runs_here(self) -> bool:
+        """Whether it measures anything with the devices of this machine."""
+        return True
+
     @abstractmethod
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """Add the options that say what is measured."""

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
+import jax
+
 from jaxkv.cli.arguments import count, size
 from jaxkv.cli.bench.base import Bench, Verdict
 from jaxkv.cli.bench.copy_caches import SMALLEST_PAGE
@@ -54,6 +56,10 @@ class CopyBench(Bench):
     description = "Time moving blocks to the host pool and back, beside other ways to do it."
     epilog = _EPILOG
     short = ("--bytes", "128MiB", "--repeats", "3")
+
+    def runs_here(self) -> bool:
+        """See ``Bench``."""
+        return jax.default_backend() == "cpu"
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """See ``Bench``."""

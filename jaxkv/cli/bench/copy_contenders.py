@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from jaxkv.cli.bench.copy_caches import GROUP, Shape, fill
 from jaxkv.cli.bench.series import Contender, interleave
+from jaxkv.errors import ConfigError
 from jaxkv.host_pool import HostPool, load_native
 from jaxkv.slots import Slots
 from jaxkv.transfer import BlockTransfer, Ticket
@@ -38,6 +39,7 @@ JIT_PINNED = "jit gather, pinned_host"
 PUT_PINNED = "jit gather + device_put"
 SCATTER = "jit scatter"
 SCATTER_HOST = "jit scatter of host pages"
+SCATTER_PINNED = "device_put + jit scatter"
 
 _PIECES_A_THREAD = 4  # So that a thread that is held up does not hold up all.
 
@@ -105,6 +107,11 @@ class HostSide:
 
     def __init__(self, shape: Shape, block_ids: npt.NDArray[np.int32], num_threads: int) -> None:
         self._shape, self._block_ids, self._num_threads = shape, block_ids, num_threads
+        if jax.default_backend() != "cpu":
+            raise ConfigError(
+                f"the host cannot copy arrays on {jax.default_backend()}; set JAX_PLATFORMS=cpu, or "
+                "measure a GPU with 'jaxkv bench cuda'"
+            )
         self._threads = ThreadPoolExecutor(num_threads)
         self._owner = fill((shape.num_leaves, *shape.leaf_shape))
         self.leaves = _writable(self._owner)
@@ -199,15 +206,19 @@ def _writable(array: jax.Array) -> npt.NDArray[np.float32]:
 class JaxSide:
     """Leaves of their own, moved with plain JAX."""
 
-    def __init__(self, shape: Shape, block_ids: npt.NDArray[np.int32], host: HostSide) -> None:
-        self._shape, self._host = shape, host
+    def __init__(
+        self, shape: Shape, block_ids: npt.NDArray[np.int32], buffers: npt.NDArray[np.float32]
+    ) -> None:
+        self._shape, self._buffers = shape, buffers
         self._ids = jnp.asarray(block_ids)
         self.leaves = [fill(shape.leaf_shape) for i in range(shape.num_leaves)]
         self.pages: list[jax.Array] = []
+        self.pinned_pages: list[jax.Array] = []
         device = self._ids.devices().pop()
         kinds = {memory.kind for memory in device.addressable_memories()}
         self.has_pinned = "pinned_host" in kinds
         self._pinned = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+        self._on_device = jax.sharding.SingleDeviceSharding(device)
         self._gather = jax.jit(self._gather_blocks)
         self._gather_pinned = jax.jit(self._gather_blocks, out_shardings=self._pinned)
         self._scatter = jax.jit(self._scatter_blocks, donate_argnums=0)
@@ -219,7 +230,7 @@ class JaxSide:
 
     def gather_and_copy(self) -> None:
         """Gather, and copy what comes to a buffer in host memory."""
-        for page, buffer in zip(self._gather(self.leaves, self._ids), self._host.buffers, strict=True):
+        for page, buffer in zip(self._gather(self.leaves, self._ids), self._buffers, strict=True):
             np.copyto(buffer, np.asarray(page))
 
     def gather_pinned(self) -> None:
@@ -241,7 +252,17 @@ class JaxSide:
 
     def scatter_from_host(self) -> None:
         """Write pages that are in host memory; the leaves are donated."""
-        pages = [jnp.array(buffer) for buffer in self._host.buffers]
+        pages = [jnp.array(buffer) for buffer in self._buffers]
+        self.leaves = _wait(self._scatter(self.leaves, self._ids, pages))
+
+    def put_pinned_pages(self) -> None:
+        """Pages in memory of kind ``pinned_host``, to be put on the device."""
+        if not self.pinned_pages:
+            self.pinned_pages = _wait(jax.device_put(self._gather(self.leaves, self._ids), self._pinned))
+
+    def scatter_from_pinned(self) -> None:
+        """``device_put`` of pages of kind ``pinned_host``, and a scatter; the leaves are donated."""
+        pages = jax.device_put(self.pinned_pages, self._on_device)
         self.leaves = _wait(self._scatter(self.leaves, self._ids, pages))
 
     def _gather_blocks(self, leaves: Sequence[jax.Array], ids: jax.Array) -> list[jax.Array]:

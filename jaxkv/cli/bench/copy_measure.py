@@ -204,7 +204,7 @@ def _measure_shape(shape: Shape, repeats: int, num_threads: int) -> list[CopyRes
         pool = stack.enter_context(HostPool(capacity))
         ours = stack.enter_context(closing(JaxkvSide(shape, pool, block_ids)))
         host = stack.enter_context(closing(HostSide(shape, block_ids, num_threads)))
-        plain = JaxSide(shape, block_ids, host)
+        plain = JaxSide(shape, block_ids, host.buffers)
         stack.enter_context(undisturbed())
         out = dict(interleave(offload_contenders(ours, host, plain, num_threads), repeats))
         out[COPYING] = ours.copying_s(repeats)

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, final
 
+import jax
+
 from jaxkv.cli.arguments import count, size
 from jaxkv.cli.bench.base import Bench, Verdict
 from jaxkv.cli.bench.memory_measure import GIB, MemoryFigures, MemorySettings, measure_memory
@@ -34,6 +36,10 @@ class MemoryBench(Bench):
     description = "Time making pools, and watch the memory that transfers take."
     epilog = _EPILOG
     short = ("--repeats", "3")
+
+    def runs_here(self) -> bool:
+        """See ``Bench``."""
+        return jax.default_backend() == "cpu"
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """See ``Bench``."""

@@ -133,7 +133,7 @@ def _measure_peaks(moved_bytes: int) -> list[PeakResult]:
         closing(JaxkvSide(shape, pool, block_ids)) as ours,
         closing(HostSide(shape, block_ids, 1)) as host,
     ):
-        plain = JaxSide(shape, block_ids, host)
+        plain = JaxSide(shape, block_ids, host.buffers)
         operations: dict[str, Callable[[], None]] = {
             "jaxkv offload": ours.offload,
             "jaxkv restore": ours.restore,

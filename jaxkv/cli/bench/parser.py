@@ -7,6 +7,7 @@ from typing import Any
 from jaxkv.cli.bench.all_command import add_all
 from jaxkv.cli.bench.base import Bench, add_bench
 from jaxkv.cli.bench.copy_command import CopyBench
+from jaxkv.cli.bench.cuda_command import CudaBench
 from jaxkv.cli.bench.latency_command import LatencyBench
 from jaxkv.cli.bench.memory_command import MemoryBench
 from jaxkv.cli.bench.retention_command import RetentionBench
@@ -20,6 +21,7 @@ BENCHES: tuple[Bench, ...] = (
     MemoryBench(),
     SchedulerBench(),
     RetentionBench(),
+    CudaBench(),
 )
 
 
