@@ -8,14 +8,14 @@
 namespace jaxkv {
 namespace {
 
-// For values that are less than `end`: a bit for each.
-std::optional<size_t> FirstRepeatedBelow(int64_t end, const int64_t* values, size_t n) {
-  std::vector<bool> seen(static_cast<size_t>(std::max<int64_t>(end, 0)));
+// For values that are less than `end` steps of 2^shift, and multiples of it: a bit for each.
+std::optional<size_t> FirstRepeatedBelow(int64_t end, int shift, const int64_t* values, size_t n) {
+  std::vector<bool> seen(static_cast<size_t>(end));
   for (size_t j = 0; j < n; ++j) {
     if (values[j] < 0) continue;
-    const auto value = static_cast<size_t>(values[j]);
-    if (seen[value]) return j;
-    seen[value] = true;
+    const auto step = static_cast<size_t>(values[j] >> shift);
+    if (seen[step]) return j;
+    seen[step] = true;
   }
   return std::nullopt;
 }
@@ -46,9 +46,17 @@ std::optional<size_t> FirstRepeated(const int64_t* values, size_t n) {
   if (n < 2 || std::adjacent_find(values, values + n, std::greater_equal<>()) == values + n) {
     return std::nullopt;  // As slots come, one behind the other.
   }
-  const int64_t most = *std::max_element(values, values + n);
+  int64_t most = 0;
+  int64_t bits = 0;  // All that are set in any value.
+  for (size_t j = 0; j < n; ++j) {
+    const int64_t value = std::max<int64_t>(values[j], 0);
+    most = std::max(most, value);
+    bits |= value;
+  }
+  const int shift = bits == 0 ? 0 : __builtin_ctzll(static_cast<uint64_t>(bits));  // Slots come in strides.
+  most >>= shift;
   constexpr int64_t kBitsPerValue = 256;  // Four words of bits a value are still faster than sorting.
-  return most / kBitsPerValue < static_cast<int64_t>(n) ? FirstRepeatedBelow(most + 1, values, n)
+  return most / kBitsPerValue < static_cast<int64_t>(n) ? FirstRepeatedBelow(most + 1, shift, values, n)
                                                         : FirstRepeatedOfAny(values, n);
 }
 

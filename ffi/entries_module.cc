@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -22,6 +23,13 @@ namespace {
 
 using Numbers = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Numbers32 = nb::ndarray<nb::numpy, int32_t, nb::ndim<1>>;
+
+// XLA takes an array of NumPy's as it is from such an address, and copies it from others.
+constexpr std::align_val_t kAlignment{64};
+
+struct FreeAligned {
+  void operator()(int32_t* numbers) const { ::operator delete[](numbers, kAlignment); }
+};
 
 std::optional<size_t> FindOutside(const Numbers& block_ids, int64_t num_blocks) {
   return FirstOutside(block_ids.data(), block_ids.size(), num_blocks);
@@ -45,7 +53,7 @@ std::pair<Numbers32, int64_t> MakeEntries(const Numbers& block_ids, const Number
     throw nb::value_error("each entry needs a chunk");
   }
   const size_t size = 2 + 2 * num_entries;
-  auto owned = std::make_unique<int32_t[]>(size);
+  std::unique_ptr<int32_t[], FreeAligned> owned(new (kAlignment) int32_t[size]);
   owned[0] = call.first;
   owned[1] = call.second;
   int32_t* ids = owned.get() + 2;
@@ -53,7 +61,8 @@ std::pair<Numbers32, int64_t> MakeEntries(const Numbers& block_ids, const Number
   const int64_t num_blocks = FillEntries(block_ids.data(), n, chunk_addresses.data(),
                                          {blocks_per_chunk, first_block, record_units}, ids, addresses);
   std::fill(ids + n, addresses, -1);
-  nb::capsule owner(owned.get(), [](void* p) noexcept { delete[] static_cast<int32_t*>(p); });
+  std::fill(addresses + n, owned.get() + size, 0);
+  nb::capsule owner(owned.get(), [](void* p) noexcept { FreeAligned()(static_cast<int32_t*>(p)); });
   return {Numbers32(owned.release(), {size}, owner), num_blocks};
 }
 

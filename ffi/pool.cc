@@ -205,10 +205,6 @@ void Arena::Populate() {
 
 bool Arena::owned_by_this_process() const { return getpid() == creator_; }
 
-bool Arena::Contains(int64_t offset, int64_t length) const {
-  return offset >= 0 && length >= 0 && length <= num_bytes_ && offset <= num_bytes_ - length;
-}
-
 PoolRegistry& PoolRegistry::Global() {
   static PoolRegistry* registry = new PoolRegistry;  // Outlives every copy, also at exit.
   return *registry;

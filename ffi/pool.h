@@ -68,7 +68,9 @@ class Arena {
   // False in a forked child, whose copy of the memory is not the pool any more.
   bool owned_by_this_process() const;
   // Whether [offset, offset + length) lies inside. Safe for any values.
-  bool Contains(int64_t offset, int64_t length) const;
+  bool Contains(int64_t offset, int64_t length) const {
+    return offset >= 0 && length >= 0 && length <= num_bytes_ && offset <= num_bytes_ - length;
+  }
 
  private:
   void Populate();

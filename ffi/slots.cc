@@ -9,8 +9,10 @@ namespace jaxkv {
 namespace {
 
 constexpr int64_t kPageBytes = 4 << 10;
-constexpr int64_t kUnitBytes = 512;
 constexpr int64_t kMostBytes = std::numeric_limits<int64_t>::max() - kPageBytes;
+
+// How far ahead of the slot that is looked at memory is asked for, where slots are not named in order.
+constexpr size_t kPrefetchedSlots = 16;
 
 std::atomic<int64_t> next_epoch{1};
 
@@ -21,7 +23,8 @@ int64_t CountSlabs(int64_t capacity_bytes, int64_t slab_bytes) {
   if (slab_bytes < 1 || slab_bytes > capacity_bytes) throw SizeError(text);
   const int64_t num_slabs = capacity_bytes / slab_bytes;
   constexpr int64_t kMost = std::numeric_limits<uint32_t>::max();
-  if (num_slabs >= kMost || slab_bytes / kUnitBytes >= kMost) throw SizeError(text + ": too many to number");
+  if (num_slabs >= kMost || slab_bytes / kSlotUnitBytes >= kMost)
+    throw SizeError(text + ": too many to number");
   return num_slabs;
 }
 
@@ -31,7 +34,7 @@ int64_t SlotStride(int64_t slot_bytes) {
   if (slot_bytes < 1 || slot_bytes > kMostBytes) {
     throw SizeError("a slot needs a whole number of bytes, at least 1, got " + std::to_string(slot_bytes));
   }
-  const int64_t unit = slot_bytes >= kPageBytes ? kPageBytes : kUnitBytes;
+  const int64_t unit = slot_bytes >= kPageBytes ? kPageBytes : kSlotUnitBytes;
   return (slot_bytes + unit - 1) / unit * unit;
 }
 
@@ -66,66 +69,64 @@ bool SlotPool::Reserve(int64_t slot_bytes, size_t n, SlotRef* slots) {
   return true;
 }
 
-bool SlotPool::Free(SlotRef slot) { return Free(&slot, 1); }
+bool SlotPool::Free(SlotRef slot) { return Free({&slot, 1}); }
 
-bool SlotPool::Free(const SlotRef* slots, size_t n) {
+bool SlotPool::Free(const SlotList& slots) {
   const std::lock_guard lock(mutex_);
-  if (!EndUse(slots, n)) return false;
-  for (size_t i = 0; i < n; ++i) {
-    const Place place = *Find(slots[i]);
+  if (!EndUse(slots)) return false;
+  Walk(slots, [&](size_t, Place place) {
     if (At(place).pins == 0) Release(place);
-  }
+    return true;
+  });
   return true;
 }
 
 bool SlotPool::IsLive(SlotRef slot) const {
   const std::lock_guard lock(mutex_);
-  return IsLiveAt(Find(slot));
+  const std::optional<Place> place = Find(slot);
+  return place && IsLiveAt(*place);
 }
 
-std::optional<size_t> SlotPool::FirstNotLive(const SlotRef* slots, const int64_t* num_bytes, size_t n) const {
+std::optional<size_t> SlotPool::FirstNotLive(const SlotList& slots, const int64_t* num_bytes) const {
   const std::lock_guard lock(mutex_);
-  std::optional<Place> place;
-  for (size_t i = 0; i < n; ++i) {
-    place = Find(slots[i], place);
-    if (!HoldsAt(place, num_bytes[i])) return i;
-  }
-  return std::nullopt;
+  const size_t num_live = Walk(slots, [&](size_t i, Place place) { return HoldsAt(place, num_bytes[i]); });
+  return num_live == slots.size() ? std::nullopt : std::optional(num_live);
 }
 
 template <typename MayPin>
-bool SlotPool::PinWhere(const SlotRef* slots, size_t n, const MayPin& may_pin) {
+bool SlotPool::PinWhere(const SlotList& slots, const MayPin& may_pin) {
   const std::lock_guard lock(mutex_);
-  std::optional<Place> place;
-  for (size_t i = 0; i < n; ++i) {
-    place = Find(slots[i], place);
-    if (!may_pin(place)) {
-      for (size_t j = 0; j < i; ++j) --At(*Find(slots[j])).pins;
-      return false;
-    }
-    ++At(*place).pins;
-  }
-  return true;
+  const size_t num_pinned = Walk(slots, [&](size_t, Place place) {
+    if (!may_pin(place)) return false;
+    ++At(place).pins;
+    return true;
+  });
+  if (num_pinned == slots.size()) return true;
+  Walk(slots.First(num_pinned), [&](size_t, Place place) {
+    --At(place).pins;
+    return true;
+  });
+  return false;
 }
 
-bool SlotPool::PinOfSize(const SlotRef* slots, size_t n, int64_t num_bytes) {
-  return PinWhere(slots, n, [&](const std::optional<Place>& place) { return HoldsAt(place, num_bytes); });
+bool SlotPool::PinOfSize(const SlotList& slots, int64_t num_bytes) {
+  return PinWhere(slots, [&](Place place) { return HoldsAt(place, num_bytes); });
 }
 
-bool SlotPool::Pin(const SlotRef* slots, size_t n) {
-  return PinWhere(slots, n, [&](const std::optional<Place>& place) { return IsLiveAt(place); });
+bool SlotPool::Pin(const SlotList& slots) {
+  return PinWhere(slots, [&](Place place) { return IsLiveAt(place); });
 }
 
-void SlotPool::Unpin(const SlotRef* slots, size_t n) {
+void SlotPool::Unpin(const SlotList& slots) {
   const std::lock_guard lock(mutex_);
-  std::optional<Place> place;
-  for (size_t i = 0; i < n; ++i) {
-    place = Find(slots[i], place);
-    if (!place || At(*place).pins == 0) {
-      throw std::logic_error("the slot at " + std::to_string(slots[i].offset) + " is not pinned");
-    }
-    Slot& slot = At(*place);
-    if (--slot.pins == 0 && slot.state == State::kFreedWhilePinned) Release(*place);
+  const size_t num_unpinned = Walk(slots, [&](size_t, Place place) {
+    Slot& slot = At(place);
+    if (slot.pins == 0) return false;
+    if (--slot.pins == 0 && slot.state == State::kFreedWhilePinned) Release(place);
+    return true;
+  });
+  if (num_unpinned != slots.size()) {
+    throw std::logic_error("the slot at " + std::to_string(slots.offset(num_unpinned)) + " is not pinned");
   }
 }
 
@@ -182,7 +183,7 @@ int64_t SlotPool::SlabOf(int64_t offset) const {
   return offset / slab_bytes_;
 }
 
-std::optional<SlotPool::Place> SlotPool::PlaceOf(int64_t offset) const {
+inline std::optional<SlotPool::Place> SlotPool::PlaceOf(int64_t offset) const {
   const auto index = static_cast<uint64_t>(offset / slab_bytes_);
   if (index >= slabs_.size()) return std::nullopt;
   const Slab& slab = slabs_[index];
@@ -193,26 +194,37 @@ std::optional<SlotPool::Place> SlotPool::PlaceOf(int64_t offset) const {
   return Place{static_cast<uint32_t>(index), static_cast<uint32_t>(number)};
 }
 
-std::optional<SlotPool::Place> SlotPool::PlaceBehind(Place place, int64_t offset) const {
-  const Slab& slab = slabs_[place.slab];
-  const int64_t slab_begin = place.slab * slab_bytes_;
-  const int64_t number = int64_t{place.slot} + 1;
-  if (number < slab.num_touched && offset == slab_begin + number * slab.stride) {
-    return Place{place.slab, place.slot + 1};
-  }
-  const size_t next = size_t{place.slab} + 1;
-  if (offset == slab_begin + slab_bytes_ && next < slabs_.size() && slabs_[next].num_touched > 0) {
-    return Place{place.slab + 1, 0};
-  }
-  return std::nullopt;
+std::optional<SlotPool::Place> SlotPool::Find(SlotRef slot) const {
+  std::optional<Place> place;
+  Walk({&slot, 1}, [&](size_t, Place found) {
+    place = found;
+    return true;
+  });
+  return place;
 }
 
-std::optional<SlotPool::Place> SlotPool::Find(SlotRef slot, const std::optional<Place>& near) const {
-  std::optional<Place> place;
-  if (near) place = PlaceBehind(*near, slot.offset);
-  if (!place) place = PlaceOf(slot.offset);
-  if (!place || At(*place).state == State::kFree || At(*place).epoch != slot.epoch) return std::nullopt;
-  return place;
+template <typename Accept>
+size_t SlotPool::Walk(const SlotList& slots, const Accept& accept) const {
+  size_t i = 0;
+  while (i < slots.size()) {
+    if (i + kPrefetchedSlots < slots.size()) {
+      const std::optional<Place> ahead = PlaceOf(slots.offset(i + kPrefetchedSlots));
+      if (ahead) __builtin_prefetch(&At(*ahead));
+    }
+    std::optional<Place> place = PlaceOf(slots.offset(i));
+    if (!place) return i;
+    // Slots are mostly named in order: those that follow in the slab need no division. A slab whose last slot
+    // is released has none left.
+    const Slab& slab = slabs_[place->slab];
+    const int64_t stride = slab.stride;
+    for (int64_t offset = slots.offset(i); slots.offset(i) == offset; offset += stride) {
+      const Slot& slot = At(*place);
+      if (slot.state == State::kFree || slot.epoch != slots.epoch(i) || !accept(i, *place)) return i;
+      ++i;
+      if (i == slots.size() || ++place->slot >= slab.num_touched) break;
+    }
+  }
+  return i;
 }
 
 int64_t SlotPool::CountFree(int64_t stride) const {
@@ -267,16 +279,20 @@ void SlotPool::Release(Place place) {
   }
 }
 
-bool SlotPool::EndUse(const SlotRef* slots, size_t n) {
-  for (size_t i = 0; i < n; ++i) {
-    const std::optional<Place> place = Find(slots[i]);
-    if (!IsLiveAt(place)) {
-      for (size_t j = 0; j < i; ++j) At(*Find(slots[j])).state = State::kLive;
-      return false;
-    }
-    At(*place).state = State::kFreedWhilePinned;
+bool SlotPool::EndUse(const SlotList& slots) {
+  const size_t num_ended = Walk(slots, [&](size_t, Place place) {
+    if (!IsLiveAt(place)) return false;
+    At(place).state = State::kFreedWhilePinned;
+    return true;
+  });
+  if (num_ended != slots.size()) {
+    Walk(slots.First(num_ended), [&](size_t, Place place) {
+      At(place).state = State::kLive;
+      return true;
+    });
+    return false;
   }
-  num_live_ -= static_cast<int64_t>(n);
+  num_live_ -= static_cast<int64_t>(slots.size());
   return true;
 }
 

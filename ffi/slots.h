@@ -13,6 +13,9 @@
 
 namespace jaxkv {
 
+// Slots begin at multiples of this, where slabs do.
+constexpr int64_t kSlotUnitBytes = 512;
+
 // A pool, a slab or a slot of a size that cannot be.
 class SizeError : public std::invalid_argument {
  public:
@@ -27,6 +30,34 @@ struct SlotRef {
 
 inline bool operator==(SlotRef a, SlotRef b) { return a.offset == b.offset && a.epoch == b.epoch; }
 inline bool operator!=(SlotRef a, SlotRef b) { return !(a == b); }
+
+// Slots that one call names: an array of SlotRef, or an array of their offsets and one of their epochs.
+class SlotList {
+ public:
+  SlotList(const SlotRef* slots, size_t size)
+      : offsets_(size == 0 ? nullptr : &slots->offset),
+        epochs_(size == 0 ? nullptr : &slots->epoch),
+        step_(sizeof(SlotRef) / sizeof(int64_t)),
+        size_(size) {}
+  SlotList(const int64_t* offsets, const int64_t* epochs, size_t size)
+      : offsets_(offsets), epochs_(epochs), step_(1), size_(size) {}
+
+  size_t size() const { return size_; }
+  int64_t offset(size_t i) const { return offsets_[i * step_]; }
+  int64_t epoch(size_t i) const { return epochs_[i * step_]; }
+  // Those before the i-th.
+  SlotList First(size_t i) const {
+    SlotList first = *this;
+    first.size_ = i;
+    return first;
+  }
+
+ private:
+  const int64_t* offsets_;
+  const int64_t* epochs_;
+  size_t step_;
+  size_t size_;
+};
 
 // A slot in use and the bytes that were asked for.
 struct LiveSlot {
@@ -61,20 +92,20 @@ class SlotPool {
 
   // Gives a slot back. False if it is not in use. A pinned slot is not given away before it is unpinned.
   bool Free(SlotRef slot);
-  // As Free for `n` slots. False, and none is given back, if one is not in use or named twice.
-  bool Free(const SlotRef* slots, size_t n);
+  // As Free for several slots. False, and none is given back, if one is not in use or named twice.
+  bool Free(const SlotList& slots);
 
   bool IsLive(SlotRef slot) const;
   // The first slot that is not in use, or was reserved with another size than `num_bytes` says.
-  std::optional<size_t> FirstNotLive(const SlotRef* slots, const int64_t* num_bytes, size_t n) const;
+  std::optional<size_t> FirstNotLive(const SlotList& slots, const int64_t* num_bytes) const;
 
   // Keeps the bytes of slots theirs until Unpin, even if they are freed. The same slot may be pinned several
   // times. False, and none is pinned, if one is not in use.
-  bool Pin(const SlotRef* slots, size_t n);
+  bool Pin(const SlotList& slots);
   // As Pin, for slots that were all reserved with `num_bytes`.
-  bool PinOfSize(const SlotRef* slots, size_t n, int64_t num_bytes);
+  bool PinOfSize(const SlotList& slots, int64_t num_bytes);
   // Ends what Pin began. Throws std::logic_error for a slot that is not pinned.
-  void Unpin(const SlotRef* slots, size_t n);
+  void Unpin(const SlotList& slots);
 
   int64_t capacity_bytes() const { return capacity_bytes_; }
   int64_t slab_bytes() const;
@@ -135,23 +166,24 @@ class SlotPool {
   Slot& At(Place place) const { return slabs_[place.slab].slots[place.slot]; }
   // Where the slot at this offset lies, if one there ever was in use.
   std::optional<Place> PlaceOf(int64_t offset) const;
-  // The same without a division, if it is the slot behind `place`, in its slab or first in the next.
-  std::optional<Place> PlaceBehind(Place place, int64_t offset) const;
-  // Where a slot lies that is in use, or freed and pinned. Slots are mostly named in order: `near` is where
-  // the one before lies.
-  std::optional<Place> Find(SlotRef slot, const std::optional<Place>& near = std::nullopt) const;
-  // Pins slots at places that may be pinned. False, and none is pinned, if one may not.
+  // Where a slot lies that is in use, or freed and pinned.
+  std::optional<Place> Find(SlotRef slot) const;
+  // Calls `accept(i, place)` for one slot after the other, until one is neither in use nor freed and pinned,
+  // or not accepted. Returns how many came before that. `accept` may release the slot.
+  template <typename Accept>
+  size_t Walk(const SlotList& slots, const Accept& accept) const;
+  // Pins slots that `may_pin(place)`. False, and none is pinned, if there is another.
   template <typename MayPin>
-  bool PinWhere(const SlotRef* slots, size_t n, const MayPin& may_pin);
-  bool IsLiveAt(const std::optional<Place>& place) const { return place && At(*place).state == State::kLive; }
-  bool HoldsAt(const std::optional<Place>& place, int64_t num_bytes) const {
-    return IsLiveAt(place) && slabs_[place->slab].stride - At(*place).padding == num_bytes;
+  bool PinWhere(const SlotList& slots, const MayPin& may_pin);
+  bool IsLiveAt(Place place) const { return At(place).state == State::kLive; }
+  bool HoldsAt(Place place, int64_t num_bytes) const {
+    return IsLiveAt(place) && slabs_[place.slab].stride - At(place).padding == num_bytes;
   }
   int64_t CountFree(int64_t stride) const;
   SlotRef Take(int64_t stride, int64_t slot_bytes, int64_t epoch);
   void Release(Place place);
   // Takes slots out of use. False, and nothing changes, if one is not in use or named twice.
-  bool EndUse(const SlotRef* slots, size_t n);
+  bool EndUse(const SlotList& slots);
   void OpenSlab(int64_t stride);
   void Append(uint32_t index);
   void Unlink(uint32_t index);

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "copy.h"
 #include "slots.h"
 
 namespace nb = nanobind;
@@ -35,11 +36,9 @@ NewNumbers ToNumpy(std::vector<int64_t> values) {
   return NewNumbers(data, {size}, owner);
 }
 
-std::vector<SlotRef> ToSlots(const Numbers& offsets, const Numbers& epochs) {
+SlotList ToSlots(const Numbers& offsets, const Numbers& epochs) {
   if (offsets.size() != epochs.size()) throw nb::value_error("each slot needs an offset and an epoch");
-  std::vector<SlotRef> slots(offsets.size());
-  for (size_t i = 0; i < slots.size(); ++i) slots[i] = {offsets.data()[i], epochs.data()[i]};
-  return slots;
+  return {offsets.data(), epochs.data(), offsets.size()};
 }
 
 std::optional<std::pair<NewNumbers, NewNumbers>> Reserve(SlotPool& pool, int64_t slot_bytes, size_t n) {
@@ -63,28 +62,26 @@ std::optional<std::pair<int64_t, int64_t>> ReserveOne(SlotPool& pool, int64_t sl
 }
 
 bool Free(SlotPool& pool, const Numbers& offsets, const Numbers& epochs) {
-  const std::vector<SlotRef> slots = ToSlots(offsets, epochs);
-  return pool.Free(slots.data(), slots.size());
+  return pool.Free(ToSlots(offsets, epochs));
 }
 
 bool Pin(SlotPool& pool, const Numbers& offsets, const Numbers& epochs) {
-  const std::vector<SlotRef> slots = ToSlots(offsets, epochs);
-  return pool.Pin(slots.data(), slots.size());
+  return pool.Pin(ToSlots(offsets, epochs));
 }
 
 std::optional<NewNumbers> PinOfSize(SlotPool& pool, const Numbers& offsets, const Numbers& epochs,
-                                    int64_t num_bytes, int64_t unit_bytes) {
-  if (unit_bytes < 1) throw nb::value_error("an address needs a unit");
-  std::vector<int64_t> addresses(offsets.size());
-  for (size_t i = 0; i < addresses.size(); ++i) addresses[i] = offsets.data()[i] / unit_bytes;
-  const std::vector<SlotRef> slots = ToSlots(offsets, epochs);
-  if (!pool.PinOfSize(slots.data(), slots.size(), num_bytes)) return std::nullopt;
-  return ToNumpy(std::move(addresses));
+                                    int64_t num_bytes) {
+  static_assert(kSlotUnitBytes == kAddressUnitBytes, "an address says where a slot begins");
+  const size_t n = offsets.size();
+  std::unique_ptr<int64_t[]> addresses(new int64_t[n]);  // Not cleared: all are written.
+  for (size_t i = 0; i < n; ++i) addresses[i] = offsets.data()[i] / kSlotUnitBytes;
+  if (!pool.PinOfSize(ToSlots(offsets, epochs), num_bytes)) return std::nullopt;
+  nb::capsule owner(addresses.get(), [](void* p) noexcept { delete[] static_cast<int64_t*>(p); });
+  return NewNumbers(addresses.release(), {n}, owner);
 }
 
 void Unpin(SlotPool& pool, const Numbers& offsets, const Numbers& epochs) {
-  const std::vector<SlotRef> slots = ToSlots(offsets, epochs);
-  pool.Unpin(slots.data(), slots.size());
+  pool.Unpin(ToSlots(offsets, epochs));
 }
 
 std::tuple<NewNumbers, NewNumbers, NewNumbers> ListLive(const SlotPool& pool) {
@@ -101,9 +98,9 @@ std::tuple<NewNumbers, NewNumbers, NewNumbers> ListLive(const SlotPool& pool) {
 
 std::optional<size_t> FirstNotLive(const SlotPool& pool, const Numbers& offsets, const Numbers& epochs,
                                    const Numbers& num_bytes) {
-  const std::vector<SlotRef> slots = ToSlots(offsets, epochs);
+  const SlotList slots = ToSlots(offsets, epochs);
   if (num_bytes.size() != slots.size()) throw nb::value_error("each slot needs a number of bytes");
-  return pool.FirstNotLive(slots.data(), num_bytes.data(), slots.size());
+  return pool.FirstNotLive(slots, num_bytes.data());
 }
 
 }  // namespace
@@ -119,8 +116,7 @@ void RegisterSlots(nb::module_& module) {
       .def("reserve_many", &Reserve, nb::arg("slot_bytes"), nb::arg("num_slots"))
       .def("free", &Free, nb::arg("offsets"), nb::arg("epochs"))
       .def("pin", &Pin, nb::arg("offsets"), nb::arg("epochs"))
-      .def("pin_of_size", &PinOfSize, nb::arg("offsets"), nb::arg("epochs"), nb::arg("num_bytes"),
-           nb::arg("unit_bytes"))
+      .def("pin_of_size", &PinOfSize, nb::arg("offsets"), nb::arg("epochs"), nb::arg("num_bytes"))
       .def("unpin", &Unpin, nb::arg("offsets"), nb::arg("epochs"))
       .def("first_not_live", &FirstNotLive, nb::arg("offsets"), nb::arg("epochs"), nb::arg("num_bytes"))
       .def("list_live", &ListLive)

@@ -24,25 +24,12 @@ class Tally {
   // writes leaves refuses repeats: two threads would write one page.
   template <typename RecordOf>
   std::vector<BlockMove> Collect(int64_t num_blocks, bool writes_leaves, const RecordOf& record_of) {
-    std::vector<bool> seen(writes_leaves ? static_cast<size_t>(num_blocks) : 0);
-    std::vector<BlockMove> moves;
-    moves.reserve(num_ids_);
-    for (size_t j = 0; j < num_ids_; ++j) {
-      const int32_t block = ids_[j];
-      if (block == -1) continue;
-      uint8_t* record = record_of(static_cast<int64_t>(j));
-      if (block < 0 || block >= num_blocks) {
-        Refuse(j, kBadBlock);
-      } else if (record == nullptr) {
-        Refuse(j, kBadAddress);
-      } else if (writes_leaves && seen[static_cast<size_t>(block)]) {
-        Refuse(j, kRepeated);
-      } else {
-        if (writes_leaves) seen[static_cast<size_t>(block)] = true;
-        moves.push_back({block, record});
-      }
-    }
-    counts_[kMoved] = static_cast<int64_t>(moves.size());
+    std::vector<BlockMove> moves(num_ids_);
+    const size_t num_moves = writes_leaves
+                                 ? Collect(num_blocks, record_of, OnceEach(num_blocks), moves.data())
+                                 : Collect(num_blocks, record_of, [](int32_t) { return true; }, moves.data());
+    moves.resize(num_moves);
+    counts_[kMoved] = static_cast<int64_t>(num_moves);
     return moves;
   }
 
@@ -66,6 +53,45 @@ class Tally {
   }
 
  private:
+  // Says whether a block was not asked about before.
+  class OnceEach {
+   public:
+    explicit OnceEach(int64_t num_blocks) : seen_((static_cast<size_t>(num_blocks) + 63) / 64) {}
+
+    bool operator()(int32_t block) {
+      uint64_t& word = seen_[static_cast<uint32_t>(block) / 64];
+      const uint64_t before = word;
+      word |= uint64_t{1} << (block % 64);
+      return word != before;
+    }
+
+   private:
+    std::vector<uint64_t> seen_;
+  };
+
+  // As above, to room for all of them. Takes copies, so that nothing is read again for every entry.
+  template <typename RecordOf, typename IsFirst>
+  size_t Collect(int64_t num_blocks, const RecordOf record_of, IsFirst is_first, BlockMove* moves) {
+    const int32_t* const ids = ids_;
+    const size_t num_ids = num_ids_;
+    BlockMove* next = moves;
+    for (size_t j = 0; j < num_ids; ++j) {
+      const int32_t block = ids[j];
+      if (block == -1) continue;
+      uint8_t* const record = record_of(static_cast<int64_t>(j));
+      if (block < 0 || block >= num_blocks) {
+        Refuse(j, kBadBlock);
+      } else if (record == nullptr) {
+        Refuse(j, kBadAddress);
+      } else if (!is_first(block)) {
+        Refuse(j, kRepeated);
+      } else {
+        *next++ = {block, record};
+      }
+    }
+    return static_cast<size_t>(next - moves);
+  }
+
   void Refuse(size_t entry, StatusEntry reason) {
     ++counts_[reason];
     if (!std::exchange(any_refused_, true)) counts_[kFirstRefused] = static_cast<int64_t>(entry);

@@ -47,9 +47,9 @@ class SlotPool:
         offsets: npt.NDArray[np.int64],
         epochs: npt.NDArray[np.int64],
         num_bytes: int,
-        unit_bytes: int,
     ) -> npt.NDArray[np.int64] | None:
-        """Pins slots all reserved with ``num_bytes`` and gives their addresses, or does nothing."""
+        """Pins slots all reserved with ``num_bytes`` and gives their addresses (512-byte units), or does
+        nothing."""
 
     def unpin(self, offsets: npt.NDArray[np.int64], epochs: npt.NDArray[np.int64]) -> None: ...
     def first_not_live(

@@ -38,6 +38,11 @@ def expected(values: list[int]) -> int | None:
         [5, -1, -1, 5],
         [1023, 0, 1023, 0],
         [1024, 0, 512, 1024],
+        [4096, 512, 4608, 512],
+        [0, -1, -1, 0],
+        [1 << 40, 0, 3 << 40, 1 << 40],
+        [1 << 62, 0, 1 << 62],
+        [MOST, 1 << 62, MOST - 1, 1 << 62],
     ],
 )
 def test_the_first_repeated_number_is_found(values):
@@ -45,9 +50,10 @@ def test_the_first_repeated_number_is_found(values):
 
 
 @pytest.mark.parametrize("end", [2, 30, 300, 10**6, 10**12])
+@pytest.mark.parametrize("step", [1, 512, 3 * 4096])
 @pytest.mark.parametrize("seed", range(20))
-def test_random_numbers_dense_and_sparse(seed, end):
+def test_random_numbers_dense_and_sparse(seed, step, end):
     rng = np.random.default_rng(seed)
-    values = rng.integers(-2, end, size=int(rng.integers(2, 60)))
+    values = rng.integers(-2, end, size=int(rng.integers(2, 60))) * step
     values[rng.integers(len(values))] = values[0]
     assert load_native().first_repeated(values) == expected(values.tolist())
