@@ -136,8 +136,9 @@ class HostPool:
             in_use = 0 if self._closed else self._slots.num_live
             self._closed = True
         self._arena.close()
-        while self._at_close:
-            self._at_close.pop()()
+        callbacks, self._at_close = self._at_close, []
+        for callback in callbacks:
+            callback()
         return in_use
 
     # -- size ---------------------------------------------------------------------------------------------
@@ -280,9 +281,7 @@ class HostPool:
         """
         with self._usable():
             if isinstance(slots, Slots):
-                addresses = self._slots.pin_of_size(
-                    slots.offsets, slots.epochs, slots.num_bytes, ADDRESS_UNIT_BYTES
-                )
+                addresses = self._slots.pin_of_size(slots.offsets, slots.epochs, slots.num_bytes)
                 if addresses is not None:
                     return addresses
             offsets, _ = self._pin(slots)

@@ -61,8 +61,9 @@ class AttachedPool:
         """Let go of the memory, as soon as no transfer and no view uses it. The owner's pool stays open."""
         self._require_own_process()
         self._arena.close()
-        while self._at_close:
-            self._at_close.pop()()
+        callbacks, self._at_close = self._at_close, []
+        for callback in callbacks:
+            callback()
 
     @property
     def closed(self) -> bool:

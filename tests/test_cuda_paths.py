@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,12 +90,33 @@ def test_what_was_measured_is_kept_for_the_next_process(file_of_its_own: Path) -
     assert find_paths(KEY, lambda: pytest.fail("forgotten"))[0] == paths
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"a card": 3}', '{"a card": {"direct": 1}}'])
+def a_file(**values: object) -> str:
+    return json.dumps({KEY: {"direct_below_bytes": 0, "engine_from_bytes": 0, "host_blocks": 8} | values})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "{", '{"a card": 3}', '{"a card": {"direct": 1}}'),
+        *(
+            a_file(host_blocks=0),
+            a_file(host_blocks=True),
+            a_file(host_blocks="8"),
+            a_file(host_blocks=1 << 40),
+        ),
+        *(a_file(engine_from_bytes=-1), a_file(direct_below_bytes=1 << 63), a_file(direct_below_bytes=0.5)),
+    ],
+)
 def test_a_file_that_is_not_as_it_should_be_is_written_anew(content: str, file_of_its_own: Path) -> None:
     file_of_its_own.parent.mkdir()
     file_of_its_own.write_text(content)
     assert find_paths(KEY, lambda: samples_where(a_card))[1] == "measured now"
     assert find_paths(KEY, lambda: pytest.fail("not kept"))[1].startswith("measured before")
+
+
+def test_paths_name_the_value_that_cannot_be() -> None:
+    with pytest.raises(ConfigError, match="host_blocks is 0; give a whole number from 1 to 65536"):
+        CudaPaths(0, 0, 0)
 
 
 def test_a_file_that_cannot_be_written_costs_nothing_but_the_next_measurement(

@@ -1,5 +1,6 @@
 #include "cuda/bounce.h"
 
+#include <exception>
 #include <utility>
 
 namespace jaxkv::cuda {
@@ -87,10 +88,10 @@ void BounceRing::Work() {
 void BounceRing::Do(Job& job) {
   try {
     runtime_.Synchronize(job.slot->event);
-  } catch (const CudaError& error) {
-    return job.empty(error.what());
+    job.empty(nullptr);
+  } catch (const std::exception& error) {
+    job.empty(error.what());
   }
-  job.empty(nullptr);
 }
 
 }  // namespace jaxkv::cuda

@@ -37,8 +37,8 @@ class BounceRing {
   Slot& Acquire();
   // `user` was given work that reads the slot.
   void ReadBy(Slot& slot, Stream user);
-  // `user` was given work that fills the slot: once that has ended, the thread calls `empty`, with the reason
-  // where it failed.
+  // `user` was given work that fills the slot: once that has ended, the thread calls `empty`; with the reason
+  // where it failed, or `empty` itself threw.
   void FilledBy(Slot& slot, Stream user, std::function<void(const char* error)> empty);
   // Returns once `is_true`, which the thread may make so.
   void WaitUntil(const std::function<bool()>& is_true);

@@ -60,6 +60,12 @@ Outcome CallTable::Close(const void* tag) {
   return outcome;
 }
 
+bool CallTable::GiveUp(const void* tag) {
+  Call* call = Find(tag);
+  CallState open = CallState::kOpen;
+  return call != nullptr && call->state.compare_exchange_strong(open, CallState::kFree);
+}
+
 void CallTable::Cancel(int32_t number) {
   const std::lock_guard<std::mutex> lock(mutex_);
   cancelled_.insert(number);

@@ -35,6 +35,8 @@ class CallTable {
   bool HasEnded(const void* tag);
   // Waits for the copies of a call whose program has run, or never will. Frees the tag.
   Outcome Close(const void* tag);
+  // Whether a call was open that its program has not begun. Then it never will, and nobody is given its tag.
+  bool GiveUp(const void* tag);
 
   // Calls of this number that have not begun do not begin.
   void Cancel(int32_t number);

@@ -108,8 +108,14 @@ class CudaRuntime : public Runtime {
 
   Stream MakeStream() override {
     const DeviceScope scope(ordinal_);
+    int least_urgent;
+    int most_urgent;
+    Require(cudaDeviceGetStreamPriorityRange(&least_urgent, &most_urgent),
+            "cudaDeviceGetStreamPriorityRange");
+    // So that a kernel's few blocks of threads get in between those of the model, which are many.
     Stream stream;
-    Require(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+    Require(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, most_urgent),
+            "cudaStreamCreateWithPriority");
     return stream;
   }
 

@@ -93,9 +93,9 @@ WayCounts Engine::way_counts() {
 
 void Engine::Move(Direction direction, const void* tag, int64_t pool_id, const std::optional<PageSet>& pages,
                   Stream compute) {
+  const std::lock_guard<std::mutex> lock(begin_mutex_);
   Call* call = calls_.Find(tag);
   if (call == nullptr || call->state.load(std::memory_order_acquire) != CallState::kOpen) return;
-  const std::lock_guard<std::mutex> lock(begin_mutex_);
   try {
     const auto moves = Admit(direction, *call, pool_id, pages);
     if (moves && !moves->empty()) Begin(direction, *call, *pages, *moves, compute);
@@ -107,6 +107,14 @@ void Engine::Move(Direction direction, const void* tag, int64_t pool_id, const s
     call->error = error.what();
   }
   call->state.store(CallState::kBegun, std::memory_order_release);
+}
+
+void Engine::Abandon(const void* tag) {
+  {
+    const std::lock_guard<std::mutex> lock(begin_mutex_);
+    if (calls_.GiveUp(tag)) return;
+  }
+  calls_.Close(tag);
 }
 
 // The blocks that move, and in the status of the call those that do not. Finds and holds the pool.
@@ -301,9 +309,9 @@ BounceRing::Slot& Engine::NextBounce() {
 // -- prefetches ---------------------------------------------------------------------------------------------
 
 void Engine::Prefetch(const void* tag, int64_t pool_id, int64_t record_bytes) {
+  const std::lock_guard<std::mutex> lock(begin_mutex_);
   Call* call = calls_.Find(tag);
   if (call == nullptr || call->state.load(std::memory_order_acquire) != CallState::kOpen) return;
-  const std::lock_guard<std::mutex> lock(begin_mutex_);
   try {
     const PageSet records = {{WholeRecord(INT32_MAX, record_bytes)}, {nullptr}, record_bytes, record_bytes};
     const auto moves = Admit(Direction::kToRecords, *call, pool_id, records);

@@ -49,6 +49,9 @@ class Engine {
   void AddTag(const void* tag) { calls_.AddTag(tag); }
   bool HasEnded(const void* tag) { return calls_.HasEnded(tag); }
   Outcome Close(const void* tag) { return calls_.Close(tag); }
+  // Ends a call whose program may have run, or be still to come: that will find nothing to do. Waits for the
+  // copies of one that has run.
+  void Abandon(const void* tag);
   void Cancel(int32_t number) { calls_.Cancel(number); }
   void Forget(int32_t number) { calls_.Forget(number); }
 

@@ -147,7 +147,12 @@ void MoveThroughPool(const Place& place, const PoolOp& op, const std::optional<P
     entries.area = pool->device_data();
     entries.area_bytes = pool->num_bytes();
   }
-  MoveEntries(place, pages, entries, repeats, status, kHostBlocks, false);
+  try {
+    MoveEntries(place, pages, entries, repeats, status, kHostBlocks, false);
+  } catch (const std::exception&) {
+    if (pool != nullptr) pool->NoteUse(place.runtime, place.stream);  // Some of it may have been launched.
+    throw;
+  }
   if (pool != nullptr) pool->NoteUse(place.runtime, place.stream);
 }
 

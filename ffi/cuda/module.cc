@@ -56,6 +56,11 @@ class EngineHandle {
     return {std::move(outcome.status), std::move(outcome.error)};
   }
 
+  void Abandon(uintptr_t tag) {
+    const nb::gil_scoped_release unlocked;
+    engine_.Abandon(AsTag(tag));
+  }
+
   void Prefetch(uintptr_t tag, int64_t pool_id, int64_t record_bytes) {
     const nb::gil_scoped_release unlocked;
     engine_.Prefetch(AsTag(tag), pool_id, record_bytes);
@@ -177,6 +182,7 @@ NB_MODULE(_cuda, module) {
       .def("add_tag", &EngineHandle::AddTag, nb::arg("address"))
       .def("has_ended", &EngineHandle::HasEnded, nb::arg("tag"))
       .def("close", &EngineHandle::Close, nb::arg("tag"))
+      .def("abandon", &EngineHandle::Abandon, nb::arg("tag"))
       .def("prefetch", &EngineHandle::Prefetch, nb::arg("tag"), nb::arg("pool_id"), nb::arg("record_bytes"))
       .def("forget_prefetched", &EngineHandle::ForgetPrefetched, nb::arg("generation"), nb::arg("addresses"))
       .def("cancel", &EngineHandle::Cancel, nb::arg("number"))

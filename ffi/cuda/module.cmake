@@ -28,6 +28,10 @@ if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
   endif()
 endif()
 enable_language(CUDA)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.1)
+  message(FATAL_ERROR "nvcc is of CUDA ${CMAKE_CUDA_COMPILER_VERSION}, but kernels take more parameters than it allows; "
+          "use CUDA 12.1 or newer, or -DJAXKV_CUDA=off")
+endif()
 find_package(CUDAToolkit REQUIRED)
 
 add_library(jaxkv_cuda_kernels STATIC cuda/kernels.cu)

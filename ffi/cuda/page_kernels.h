@@ -3,6 +3,7 @@
 #ifndef JAXKV_CUDA_PAGE_KERNELS_H_
 #define JAXKV_CUDA_PAGE_KERNELS_H_
 
+#include <cassert>
 #include <cstdint>
 #include <cstring>
 
@@ -161,6 +162,7 @@ JAXKV_DEVICE Vector<kBytes> Load(const uint8_t* from) {
     value = *reinterpret_cast<const Vector<kBytes>*>(from);
   }
 #else
+  assert(reinterpret_cast<uintptr_t>(from) % kBytes == 0);  // A device would stop.
   std::memcpy(&value, from, kBytes);
 #endif
   return value;
@@ -177,6 +179,7 @@ JAXKV_DEVICE void Store(uint8_t* to, const Vector<kBytes>& value) {
     *reinterpret_cast<Vector<kBytes>*>(to) = value;
   }
 #else
+  assert(reinterpret_cast<uintptr_t>(to) % kBytes == 0);
   std::memcpy(to, &value, kBytes);
 #endif
 }

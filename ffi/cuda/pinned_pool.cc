@@ -26,7 +26,15 @@ PinnedPool::PinnedPool(Runtime& runtime, uint8_t* data, int64_t num_bytes, std::
     device_data_ = runtime_.DevicePointer(data_);
   } catch (const CudaError& error) {
     refusal_ = error.what();
+    Unregister();
+  }
+}
+
+void PinnedPool::Unregister() noexcept {
+  try {
     runtime_.UnregisterHost(data_);
+  } catch (const CudaError&) {
+    // The device is lost.
   }
 }
 
@@ -36,10 +44,10 @@ PinnedPool::~PinnedPool() {
       user.first->Synchronize(event);
       user.first->FreeEvent(event);
     }
-    if (device_data_ != nullptr) runtime_.UnregisterHost(data_);
   } catch (const CudaError&) {
     // The device is lost, and with it whatever used the memory.
   }
+  if (device_data_ != nullptr) Unregister();
 }
 
 bool PinnedPool::Contains(int64_t offset, int64_t length) const {

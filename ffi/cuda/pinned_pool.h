@@ -40,6 +40,8 @@ class PinnedPool {
   void NoteUse(Runtime& runtime, Stream stream);
 
  private:
+  void Unregister() noexcept;
+
   Runtime& runtime_;
   uint8_t* const data_;
   const int64_t num_bytes_;

@@ -36,6 +36,7 @@ class Runtime {
  public:
   virtual ~Runtime() = default;
 
+  // A stream whose work goes before that of the model where both wait for the device.
   virtual Stream MakeStream() = 0;
   virtual void FreeStream(Stream stream) = 0;
   virtual void Synchronize(Stream stream) = 0;

@@ -172,6 +172,32 @@ void CheckLife(const Way& way) {
   scene.End();
 }
 
+// Who gave a call up does not know whether its program has run, or will.
+void CheckAbandoned(const Way& way, Direction direction) {
+  Scene scene(way, 9, Schedule::kLate, kSmall);
+  Engine& engine = *scene.engine;
+  const Request request = scene.Ask(direction);
+  const void* late = OpenCall(engine, request);
+  engine.Abandon(late);
+  const void* tag = OpenCall(engine, request);
+  Check(tag != late, "a program that is still to come does not find the call of another");
+  const Direction other = direction == Direction::kToLeaves ? Direction::kToRecords : Direction::kToLeaves;
+  engine.Move(other, late, request.pool.id, scene.leaves->pages(), scene.leaves->compute());
+  engine.Move(direction, tag, request.pool.id, scene.leaves->pages(), scene.leaves->compute());
+  scene.Model(request);
+  ExpectDone(engine.Close(tag), request.blocks.size());
+  const void* begun = scene.Start(request);
+  scene.pool->Close();
+  engine.Abandon(begun);
+  Check(!scene.pool->is_alive(), "the copies of a call that has begun are waited for");
+  Check(OpenCall(engine, request) == begun, "its tag is used again");
+  engine.Close(begun);
+  engine.Abandon(begun);
+  engine.Abandon(&scene);
+  scene.pool = std::make_unique<HostPool>(scene.device, PoolKey{1, 8}, scene.pool_bytes(), scene.rng);
+  scene.End();
+}
+
 // A pool that is closed ends with the last transfer that uses it.
 void CheckPoolClosedMeanwhile(const Way& way, Direction direction) {
   Scene scene(way, 6, Schedule::kLate, kSmall);
@@ -187,12 +213,13 @@ void CheckPoolClosedMeanwhile(const Way& way, Direction direction) {
   scene.End();
 }
 
-void CheckPolling(const Way& way) {
-  Scene scene(way, 7, Schedule::kAny, kLarge);
+void CheckPolling(const Way& way, uint64_t seed) {
+  Scene scene(way, seed, Schedule::kAny, kLarge);
   const Request request = scene.Ask(Direction::kToRecords);
   const void* tag = scene.Start(request);
   scene.Model(request);
   while (!scene.engine->HasEnded(tag)) std::this_thread::yield();
+  Check(scene.pool->Matches(0, scene.pool_bytes()), "an offload that has ended has filled its records");
   Check(scene.engine->HasEnded(tag), "what has ended stays so");
   ExpectDone(scene.engine->Close(tag), request.blocks.size());
   scene.End();
@@ -222,11 +249,12 @@ int main() {
     for (Direction direction : {Direction::kToRecords, Direction::kToLeaves}) {
       CheckRefusedEntries(way, direction);
       CheckRefusedRequests(way, direction);
+      CheckAbandoned(way, direction);
       CheckPoolClosedMeanwhile(way, direction);
       CheckGrowth(way, direction);
     }
     CheckLife(way);
-    CheckPolling(way);
+    for (uint64_t seed = 0; seed < 20; ++seed) CheckPolling(way, seed);
   }
   std::puts("cuda_engine_test: ok");
 }

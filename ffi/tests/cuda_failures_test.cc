@@ -2,6 +2,7 @@
 // nothing is left behind, and what still works goes on. Run it under the sanitizers.
 #include <cstdio>
 #include <memory>
+#include <new>
 #include <string>
 #include <utility>
 
@@ -64,10 +65,13 @@ void CheckEachCall(const Way& way, Direction direction, Schedule schedule) {
   }
 }
 
-void CheckLoss(const Way& way, Direction direction, Schedule schedule) {
-  for (int64_t n = 0;; ++n) {
+// Loses the device after each operation, or in each call.
+using Lose = void (FakeRuntime::*)(int64_t);
+
+void CheckLoss(const Way& way, Direction direction, Schedule schedule, Lose lose) {
+  for (int64_t n = 1;; ++n) {
     Scene scene(way, 12, schedule, kLimits);
-    scene.device.LoseAfter(n);
+    (scene.device.*lose)(n);
     const Request request = scene.Ask(direction);
     const void* tags[] = {nullptr, nullptr};
     try {
@@ -122,19 +126,32 @@ void CheckNoWay() {
   scene.End();
 }
 
-// What throws in a constructor leaves nothing behind.
+// What throws in a constructor leaves nothing behind. Whatever happens, nothing but CudaError is thrown.
 template <typename Make>
 void CheckConstruction(const Make& make, int64_t least_calls, const std::string& name) {
-  for (int64_t n = 1;; ++n) {
-    FakeRuntime device(static_cast<uint64_t>(n));
-    device.FailCall(n);
-    try {
-      make(device);
-    } catch (const CudaError&) {
+  for (const Lose fail : {&FakeRuntime::FailCall, &FakeRuntime::LoseInCall}) {
+    for (int64_t n = 1;; ++n) {
+      FakeRuntime device(static_cast<uint64_t>(n));
+      (device.*fail)(n);
+      try {
+        make(device);
+      } catch (const CudaError&) {
+      }
+      Check(device.Leaks().empty(), name + " leaves nothing behind: " + device.Leaks());
+      Check(device.Violations().empty(), name + ": " + device.Violations());
+      if (device.num_failed() > 0) continue;
+      Check(n > least_calls, name + " made calls");
+      break;
     }
-    Check(device.Leaks().empty(), name + " leaves nothing behind: " + device.Leaks());
-    Check(device.Violations().empty(), name + ": " + device.Violations());
-    if (device.num_failed() == 0) return Check(n > least_calls, name + " made calls");
+  }
+}
+
+// A pool that cannot be pinned is no error.
+void MakePool(Runtime& device, Bytes& memory) {
+  try {
+    PinnedPool(device, memory.data(), static_cast<int64_t>(memory.size()), nullptr);
+  } catch (const CudaError& error) {
+    Check(false, std::string("a pool that is not pinned throws nothing: ") + error.what());
   }
 }
 
@@ -163,7 +180,24 @@ void CheckConstructions() {
       },
       20, "a probe");
   Bytes memory(512);
-  CheckConstruction([&](Runtime& device) { PinnedPool(device, memory.data(), 512, nullptr); }, 2, "a pool");
+  CheckConstruction([&](Runtime& device) { MakePool(device, memory); }, 2, "a pool");
+}
+
+// Emptying a slot may want memory that is not there.
+void CheckBounceThatThrows() {
+  FakeRuntime device(15);
+  const Stream stream = device.MakeStream();
+  std::string told;
+  {
+    BounceRing ring(device, 2, 512);
+    ring.FilledBy(ring.Acquire(), stream, [&](const char* error) {
+      if (error == nullptr) throw std::bad_alloc();
+      told = error;
+    });
+  }
+  Check(!told.empty(), "who waits is told why a slot was not emptied");
+  device.FreeStream(stream);
+  Check(device.Leaks().empty(), device.Leaks());
 }
 
 // Work of compiled programs, which nobody closes.
@@ -189,7 +223,7 @@ void CheckNotedUse() {
         pool.reset();
         Check(memory.expired(), "a pool lets go of its memory");
         for (Stream stream : streams) {
-          if (stream != nullptr) device.FreeStream(stream);
+          if (stream != nullptr && !device.is_lost()) device.FreeStream(stream);
         }
       },
       8, "a pool that programs use");
@@ -204,13 +238,15 @@ int main() {
     for (Direction direction : kDirections) {
       for (Schedule schedule : {Schedule::kAny, Schedule::kLate}) {
         CheckEachCall(way, direction, schedule);
-        CheckLoss(way, direction, schedule);
+        CheckLoss(way, direction, schedule, &FakeRuntime::LoseAfter);
+        CheckLoss(way, direction, schedule, &FakeRuntime::LoseInCall);
       }
     }
     if (way.has_staging) CheckFit(way);
   }
   CheckNoWay();
   CheckConstructions();
+  CheckBounceThatThrows();
   CheckNotedUse();
   std::puts("cuda_failures_test: ok");
 }

@@ -25,6 +25,11 @@ std::unique_ptr<Scene> MakeScene(const Way& way, uint64_t seed, Schedule schedul
   return scene;
 }
 
+void Shorten(Request& request, size_t count) {
+  request.blocks.resize(count);
+  request.addresses.resize(count);
+}
+
 const void* StartPrefetch(Scene& scene, const Request& request) {
   const void* tag = OpenCall(*scene.engine, request);
   scene.engine->Prefetch(tag, request.pool.id, scene.record_bytes());
@@ -69,16 +74,12 @@ void CheckRoom(const Way& way, Schedule schedule) {
   for (int64_t num_slots : {2, 3, 4, 5}) {
     const auto scene = MakeScene(way, 9, schedule, num_slots);
     Request request = scene->Ask(Direction::kToLeaves);
-    const auto resize = [](Request& request, size_t count) {
-      request.blocks.resize(count);
-      request.addresses.resize(count);
-    };
     // One record of this much is one copy or one kernel.
-    resize(request, 1);
+    Shorten(request, 1);
     const int64_t work = Restore(*scene, request) - 1;
     Check(work == 1, "a record is copied once");
     request = scene->Ask(Direction::kToLeaves);
-    resize(request, 6);
+    Shorten(request, 6);
     for (size_t j = 0; j < 6; ++j)
       request.addresses[j] = static_cast<int32_t>(2 * j * scene->record_bytes() / 512);
     const int64_t before = CountWork(*scene);
@@ -95,12 +96,10 @@ void CheckTwoStreams(const Way& way, Schedule schedule, uint64_t seed) {
   const auto scene = MakeScene(way, seed, schedule, 3);
   auto others = std::make_unique<Leaves>(scene->device, scene->leaves->layout(), scene->rng);
   Request request = scene->Ask(Direction::kToLeaves);
-  request.blocks.resize(2);
-  request.addresses.resize(2);
+  Shorten(request, 2);
   ExpectDone(scene->engine->Close(StartPrefetch(*scene, request)), 2);
   Request first = request;
-  first.blocks.resize(1);
-  first.addresses.resize(1);
+  Shorten(first, 1);
   const void* tag = scene->Start(first);
   scene->Model(first);
   const Request second = {Direction::kToLeaves, request.pool, 2, {request.blocks[1]}, {request.addresses[1]}};
@@ -127,8 +126,7 @@ void CheckParts(const Way& way, Schedule schedule, uint64_t seed, int64_t num_sl
     scene->engine->ForgetPrefetched(request.pool.generation, &changed, 1);
     Request out = request;
     out.direction = Direction::kToRecords;
-    out.blocks.resize(2);
-    out.addresses.resize(2);
+    Shorten(out, 2);
     const void* tag = scene->Start(out);
     scene->Model(out);
     ExpectDone(scene->engine->Close(tag), 2);
@@ -146,8 +144,7 @@ void CheckRepeated(const Way& way, Schedule schedule) {
   const auto scene = MakeScene(way, 5, schedule, 3);
   Request request = scene->Ask(Direction::kToLeaves);
   Request twice = request;
-  twice.blocks.resize(4);
-  twice.addresses.resize(4);
+  Shorten(twice, 4);
   for (int32_t& address : twice.addresses) address = request.addresses[0];
   ExpectDone(scene->engine->Close(StartPrefetch(*scene, twice)), 4);
   Request others = request;
@@ -173,8 +170,16 @@ void CheckNextPool(const Way& way) {
   scene->End();
 }
 
-// Each call of a prefetch fails once: who waits is told, and as many records can wait as before.
-void CheckFailures(const Way& way, Schedule schedule) {
+// Three slots can hold what waits, whatever failed before.
+void CheckCapacity(Scene& scene) {
+  Request request = scene.Ask(Direction::kToLeaves);
+  Shorten(request, 6);
+  ExpectDone(scene.engine->Close(StartPrefetch(scene, request)), 6);
+  Check(Restore(scene, request) == 3, "as many records can wait as before a failure");
+}
+
+// Each call of a prefetch fails once: who waits is told.
+void CheckFailedPrefetches(const Way& way, Schedule schedule) {
   for (int64_t n = 1;; ++n) {
     const auto scene = MakeScene(way, 7, schedule, 5);
     const Request first = scene->Ask(Direction::kToLeaves);
@@ -187,14 +192,30 @@ void CheckFailures(const Way& way, Schedule schedule) {
     const bool fails = scene->device.num_failed() > 0;
     scene->device.FailCall(0);
     Check(scene->engine->Close(tag).error.empty() != fails, "who waits for a prefetch is told of failures");
-    Request third = scene->Ask(Direction::kToLeaves);
-    third.blocks.resize(6);
-    third.addresses.resize(6);
-    ExpectDone(scene->engine->Close(StartPrefetch(*scene, third)), 6);
-    Check(Restore(*scene, third) == 3, "as many records can wait as before a failure");
+    CheckCapacity(*scene);
     Restore(*scene, second);
     scene->End();
     if (!fails) return Check(n > 4, "calls have failed");
+  }
+}
+
+// Each call of a restore of what waits fails once.
+void CheckFailedRestores(const Way& way, Schedule schedule) {
+  for (int64_t n = 1;; ++n) {
+    const auto scene = MakeScene(way, 8, schedule, 5);
+    const Request request = scene->Ask(Direction::kToLeaves);
+    ExpectDone(scene->engine->Close(StartPrefetch(*scene, request)), request.blocks.size());
+    const void* tag = OpenCall(*scene->engine, request);
+    scene->device.FailCall(n);
+    scene->engine->Move(request.direction, tag, request.pool.id, scene->leaves->pages(),
+                        scene->leaves->compute());
+    const bool fails = scene->device.num_failed() > 0;
+    scene->device.FailCall(0);
+    scene->Model(request, fails);
+    Check(scene->engine->Close(tag).error.empty() != fails, "who waits for a restore is told of failures");
+    CheckCapacity(*scene);
+    scene->End();
+    if (!fails) return Check(n > 6, "calls have failed");
   }
 }
 
@@ -213,7 +234,8 @@ int main() {
       }
       CheckRepeated(way, schedule);
       CheckRoom(way, schedule);
-      CheckFailures(way, schedule);
+      CheckFailedPrefetches(way, schedule);
+      CheckFailedRestores(way, schedule);
     }
     CheckNextPool(way);
   }

@@ -52,6 +52,8 @@ class FakeRuntime : public Runtime {
   // The device stops working when it has done this many operations more: nothing happens on it any more, and
   // every call fails.
   void LoseAfter(int64_t num_operations);
+  // The same in the n-th call from now that can fail, which fails.
+  void LoseInCall(int64_t n);
   // Some of what could happen happens.
   void RunSome();
   void RunAll();
@@ -150,6 +152,7 @@ class FakeRuntime : public Runtime {
   int64_t num_failed_ = 0;
   bool refuses_host_ = false;
   int64_t loses_in_ = -1;
+  int64_t loses_in_call_ = 0;
   int64_t num_done_ = 0;
   bool lost_ = false;
   bool ends_ = false;

@@ -279,11 +279,19 @@ void Sequence::CancelOrForget() {
 
 void Sequence::Poll(size_t which) {
   const Transfer& transfer = transfers_[which];
+  const int64_t failed_before = device_.num_failed();
   const bool has_ended = engine_->HasEnded(transfer.tag);
+  const bool fails = transfer.fails_to_move || device_.is_lost() || device_.num_failed() > failed_before;
   Require(has_ended || transfer.has_run, "a call whose program has not run need not be waited for");
   if (!transfer.has_run) return;
   ++happenings_[has_ended ? "polls of what had ended" : "polls of what had not"];
-  if (has_ended) CloseTransfer(which);
+  if (!has_ended) return;
+  for (size_t j = 0; j < transfer.records.size() && !fails; ++j) {
+    if (!Moves(transfer, j) || transfer.request.direction == Direction::kToLeaves) continue;
+    const bool matches = transfer.use->pool->Matches(record_step_ * transfer.records[j], record_step_);
+    Require(matches, "an offload that has ended has filled its records");
+  }
+  CloseTransfer(which);
 }
 
 void Sequence::CloseTransfer(size_t which) {
@@ -302,7 +310,11 @@ void Sequence::CloseTransfer(size_t which) {
 void Sequence::JudgeOutcome(const Transfer& transfer, const Outcome& outcome, bool was_lost, bool failed) {
   ++happenings_[transfer.has_run ? "transfers closed" : "transfers closed whose program never ran"];
   const bool has_error = !outcome.error.empty();
-  if (!transfer.has_run) return Require(has_error, "a program that never ran is told");
+  if (!transfer.has_run) {
+    const auto& status = outcome.status;
+    Require(std::count(status.begin(), status.end(), 0) == kStatusSize, "what never ran has moved nothing");
+    return Require(has_error, "a program that never ran is told");
+  }
   const bool moves = transfer.has_copies;
   if (has_error) ++happenings_["transfers that failed"];
   if (!moves || (!transfer.fails_to_move && !failed && !device_.is_lost())) {

@@ -37,6 +37,7 @@ from jaxkv.transfer.cpu import CpuBackend
 from jaxkv.transfer.cuda import CudaBackend
 from jaxkv.transfer.cuda_device import has_cuda
 from jaxkv.transfer.movers import GroupMover, make_group_mover
+from jaxkv.transfer.targets import has_platform
 from jaxkv.transfer.ticket import Move, Ticket
 from jaxkv.transfer.under_way import SlotUse, transfers_under_way
 
@@ -171,6 +172,7 @@ class BlockTransfer:
         with self._pinned(group, ids, chunks, first_block) as entries:
             moves = []
             if entries.num_blocks:
+                self._under_way.prefetched.forget(chunks.epochs)
                 with _span("jaxkv.offload", group, entries):
                     moves = self.movers[group].offload(leaves, entries)
         return self._under_way.start(group, use, moves)
@@ -188,7 +190,7 @@ class BlockTransfer:
         with self._pinned(group, every_block, chunks, 0) as entries:
             moves = self.movers[group].prefetch(entries)
         if moves:
-            self._under_way.prefetched.add(chunks.epochs)
+            self._under_way.prefetched.add(chunks.epochs, self.movers[group].place())
         return self._under_way.start(group, use, moves)
 
     def restore(
@@ -215,8 +217,8 @@ class BlockTransfer:
         self._under_way.wait_for_turn(use)
         with self._pinned(group, ids, chunks, first_block) as entries:
             if entries.num_blocks:
-                if not self._under_way.prefetched.take(chunks.epochs):
-                    self.movers[group].forget_prefetched(entries)
+                if not self._under_way.prefetched.take(chunks.epochs, self.movers[group].place(leaves)):
+                    self.movers[group].forget_prefetched(leaves, entries)
                 with _span("jaxkv.restore", group, entries):
                     kv_caches, moves = self._write(kv_caches, group, leaves, entries)
         return kv_caches, self._under_way.start(group, use, moves)
@@ -352,7 +354,7 @@ def make_backend(name: str, pool: AnyPool) -> TransferBackend:
 
 
 def _best_backend(platform: str) -> str:
-    if platform == "gpu" and has_cuda():
+    if platform == "gpu" and has_cuda() and has_platform("cuda"):
         return "cuda"
     return "cpu" if platform == "cpu" else "xla"
 

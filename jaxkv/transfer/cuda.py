@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, final
 
 import jax
@@ -31,7 +32,12 @@ class CudaBackend(TransferBackend):
     def __init__(self, pool: AnyPool) -> None:
         load_cuda()
         if not has_cuda():
-            raise NativeError("this machine has no CUDA driver; use backend='auto'")
+            built, driver = load_cuda().versions()
+            there = f"a driver for CUDA {driver // 1000}" if driver else "no CUDA driver"
+            raise NativeError(
+                f"jaxkv was built with CUDA {built // 1000}, and this machine has {there}; build jaxkv with "
+                "a CUDA that the driver knows, or use backend='auto'"
+            )
         prepare_pool(pool)
         self._pool = pool
 
@@ -80,9 +86,9 @@ class CudaMover(PageMover):
         """See ``PageMover``. The copies begin at once, beside whatever the device does."""
         on = cuda_device(device)
         on.fit(self._record_bytes)
-        tag = on.open(entries.numbers)
-        on.engine.prefetch(tag.unsafe_buffer_pointer(), self._pool.pool_id, self._record_bytes)
-        return CudaTransfer(on, tag.unsafe_buffer_pointer(), entries.call_number, tag)
+        with _opened(on, entries) as tag:
+            on.engine.prefetch(tag.unsafe_buffer_pointer(), self._pool.pool_id, self._record_bytes)
+            return CudaTransfer(on, tag.unsafe_buffer_pointer(), entries.call_number, tag)
 
     def forget_prefetched(self, device: jax.Device, entries: Entries) -> None:
         """See ``PageMover``."""
@@ -105,13 +111,24 @@ class CudaMover(PageMover):
         (device,) = leaves[0].devices()
         on = cuda_device(device)
         on.fit(self._record_bytes)
-        tag = on.open(entries.numbers)
-        try:
+        # Caches that are committed to no device would go to JAX's default one, where nobody knows the tag.
+        with jax.default_device(device), _opened(on, entries) as tag:
             result, status = launch(tag)
-        except BaseException:
-            on.engine.close(tag.unsafe_buffer_pointer())
-            raise
-        return result, CudaTransfer(on, tag.unsafe_buffer_pointer(), entries.call_number, status)
+            return result, CudaTransfer(on, tag.unsafe_buffer_pointer(), entries.call_number, status)
+
+
+@contextmanager
+def _opened(on: CudaDevice, entries: Entries) -> Iterator[jax.Array]:
+    """The tag of a transfer that is launched within. An interrupt, unlike an error, may come after that."""
+    tag = on.open(entries.numbers)
+    try:
+        yield tag
+    except Exception:
+        on.engine.close(tag.unsafe_buffer_pointer())
+        raise
+    except BaseException:
+        on.engine.abandon(tag.unsafe_buffer_pointer())
+        raise
 
 
 @final
@@ -130,6 +147,10 @@ class CudaTransfer:
         self._lock = threading.Lock()
         self._outcome: tuple[list[int], str] | None = None
 
+    def __del__(self) -> None:
+        if self._outcome is None:
+            self._on.disclaim(self._tag, self._call_number, self._launched)
+
     def is_ready(self) -> bool:
         """Whether the copies have ended."""
         if self._outcome is not None:
@@ -140,17 +161,26 @@ class CudaTransfer:
     def cancel(self) -> None:
         """Let it not begin, if it has not."""
         self._on.engine.cancel(self._call_number)
+        if self._outcome is not None:
+            self._on.engine.forget(self._call_number)
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[np.int32]:
         with self._lock:
             if self._outcome is None:
                 try:
                     self._launched.block_until_ready()
-                finally:
-                    # Only now does no program look for the tag any more.
-                    self._outcome = self._on.engine.close(self._tag)
-                    self._on.engine.forget(self._call_number)
-        status, error = self._outcome
+                except Exception:
+                    self._close()
+                    raise
+                self._close()
+            assert self._outcome is not None
+            status, error = self._outcome
         if error:
             raise NativeError(error)
         return np.array(status, np.int32 if dtype is None else dtype)
+
+    def _close(self) -> None:
+        """Only once the program has ended, not when a wait for it was interrupted: it finds what to move by
+        the tag, which the next transfer is given."""
+        self._outcome = self._on.engine.close(self._tag)
+        self._on.engine.forget(self._call_number)

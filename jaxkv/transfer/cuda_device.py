@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import threading
 import weakref
+from collections import deque
 from dataclasses import astuple
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 from weakref import WeakSet
 
 import jax
@@ -46,12 +48,12 @@ def load_cuda() -> ModuleType:
 
 
 def has_cuda() -> bool:
-    """Whether the extension loads and this machine has a CUDA driver."""
+    """Whether the extension loads and this machine has a CUDA driver that knows as late a major version."""
     try:
-        _, driver_version = load_cuda().versions()
+        built, driver = load_cuda().versions()
     except NativeError:
         return False
-    return bool(driver_version)
+    return bool(driver // 1000 >= built // 1000)
 
 
 @final
@@ -69,6 +71,7 @@ class CudaDevice:
         self.paths, self.paths_found = self._find_paths()
         self.engine.paths = astuple(self.paths)
         self._tags: dict[int, jax.Array] = {}
+        self._unclaimed: deque[tuple[int, int, Any]] = deque()
         self._fits = 0
         self._lock = threading.Lock()
 
@@ -96,6 +99,7 @@ class CudaDevice:
 
     def open(self, numbers: npt.NDArray[np.int32]) -> jax.Array:
         """The tag of a new transfer of ``numbers``, which are those of ``Entries``."""
+        self._close_unclaimed()
         while (address := self.engine.open(numbers)) is None:
             # Not committed to the device, or what programs return would be, although the caches were not.
             with jax.default_device(self.device):
@@ -103,6 +107,23 @@ class CudaDevice:
             self._tags[tag.unsafe_buffer_pointer()] = tag.block_until_ready()
             self.engine.add_tag(tag.unsafe_buffer_pointer())
         return self._tags[address]
+
+    def disclaim(self, tag: int, call_number: int, launched: jax.Array) -> None:
+        """Have a transfer closed that nobody will wait for, sometime after it has ended: until then it keeps
+        its pool. May be called by the garbage collector: takes no lock."""
+        self._unclaimed.append((tag, call_number, launched))
+
+    def _close_unclaimed(self) -> None:
+        if not self._unclaimed:
+            return
+        with self._lock:
+            for _ in range(len(self._unclaimed)):
+                tag, call_number, launched = self._unclaimed.popleft()
+                if launched.is_ready() and self.engine.has_ended(tag):
+                    self.engine.close(tag)
+                    self.engine.forget(call_number)
+                else:
+                    self.disclaim(tag, call_number, launched)
 
 
 def cuda_device(device: jax.Device) -> CudaDevice:
@@ -125,7 +146,7 @@ def pin_pool(pool: AnyPool) -> None:
         ordinal = jax.local_devices(backend="cuda")[0].local_hardware_id
         generation = int(pool.token()[0])
         refusal = load_cuda().pin_pool(ordinal, pool.pool_id, generation, pool.arena_bytes())
-        unpin = weakref.finalize(pool, load_cuda().unpin_pool, pool.pool_id, generation)
+        unpin = weakref.finalize(pool, _unpin, os.getpid(), pool.pool_id, generation)
         unpin.atexit = False
         pool.at_close(unpin)
         _pinned.add(pool)
@@ -136,3 +157,12 @@ def pin_pool(pool: AnyPool) -> None:
             pool.capacity_bytes,
             refusal,
         )
+
+
+def _unpin(process: int, pool_id: int, generation: int) -> None:
+    """What the garbage collector may call at any time, in any thread.
+
+    A forked child has no pinned memory, and its copy of a lock may be held by a thread that is not there.
+    """
+    if os.getpid() == process:
+        load_cuda().unpin_pool(pool_id, generation)

@@ -23,6 +23,7 @@ half of that, and the result twice as long."""
 PATHS_VERSION = 2
 """Another for another way of measuring or choosing, so that what was kept before is measured anew."""
 _NEVER = 1 << 62
+_MOST_BLOCKS = 1 << 16
 _REPEATS = 3
 _GOOD_ENOUGH = 0.95
 _ENGINE_GOOD_ENOUGH = 0.75
@@ -44,6 +45,12 @@ class CudaPaths:
     direct_below_bytes: int
     engine_from_bytes: int
     host_blocks: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            least, most = (1, _MOST_BLOCKS) if name == "host_blocks" else (0, _NEVER)
+            if type(value) is not int or not least <= value <= most:
+                raise ConfigError(f"{name} is {value!r}; give a whole number from {least} to {most}")
 
     def __str__(self) -> str:
         if self.direct_below_bytes >= _NEVER:

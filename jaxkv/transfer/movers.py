@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,8 +44,14 @@ class GroupMover(ABC):
         nothing, or the blocks are spread over several devices."""
         return []
 
-    def forget_prefetched(self, entries: Entries) -> None:
-        """Restore these records from their slots, whatever was prefetched."""
+    @abstractmethod
+    def place(self, leaves: Mapping[int, jax.Array] | None = None) -> Hashable:
+        """Where records of these leaves, or of the last transfer's, wait once prefetched; for leaves that lie
+        on several devices a place of its own, since what waits on one is never of all."""
+
+    @abstractmethod
+    def forget_prefetched(self, leaves: Mapping[int, jax.Array], entries: Entries) -> None:
+        """Restore these records to ``leaves`` from their slots, whatever anybody has prefetched."""
 
     @abstractmethod
     def warm_up(self, leaves: Mapping[int, jax.Array], num_entries: int) -> dict[int, jax.Array]:
@@ -73,10 +79,17 @@ class OneDeviceMover(GroupMover):
         status = self.mover.prefetch(self._device, entries)
         return [] if status is None else [Move(status, entries, self._pages.block_bytes)]
 
-    def forget_prefetched(self, entries: Entries) -> None:
+    def place(self, leaves: Mapping[int, jax.Array] | None = None) -> Hashable:
+        """See ``GroupMover``. Records of another size would not lie where they are looked for."""
+        if leaves is not None:
+            self._reachable(leaves)
+        return self._device, self._pages.record_bytes
+
+    def forget_prefetched(self, leaves: Mapping[int, jax.Array], entries: Entries) -> None:
         """See ``GroupMover``."""
-        if self._device is not None:
-            self.mover.forget_prefetched(self._device, entries)
+        self._reachable(leaves)
+        assert self._device is not None
+        self.mover.forget_prefetched(self._device, entries)
 
     def offload(self, leaves: Mapping[int, jax.Array], entries: Entries) -> list[Move]:
         """See ``GroupMover``."""
@@ -172,14 +185,14 @@ class MeshMover(GroupMover):
     ) -> None:
         for device in devices:
             backend.require_reachable(device)
-        local = {device.id for device in devices}
+        self._devices = {device.id: device for device in devices}
         self.stations = [
             Station(device_id, pages, mover, turn, len(holders))
             for part in record.parts
             for pages, holders in zip(part.shards, part.holders[data_shard], strict=True)
             for mover in [backend.mover(pages)]
             for turn, device_id in enumerate(holders)
-            if device_id in local
+            if device_id in self._devices
         ]
         if not self.stations:
             raise ConfigError(
@@ -190,6 +203,15 @@ class MeshMover(GroupMover):
         self._waves = [
             station for wave in zip_longest(*by_station) for station in wave if station is not None
         ]
+
+    def place(self, leaves: Mapping[int, jax.Array] | None = None) -> Hashable:
+        """See ``GroupMover``. Nothing was prefetched to here; what waits is of transfers of one device."""
+        return self
+
+    def forget_prefetched(self, leaves: Mapping[int, jax.Array], entries: Entries) -> None:
+        """See ``GroupMover``."""
+        for station in self.stations:
+            station.mover.forget_prefetched(self._devices[station.device_id], entries)
 
     def offload(self, leaves: Mapping[int, jax.Array], entries: Entries) -> list[Move]:
         """See ``GroupMover``."""

@@ -1,9 +1,15 @@
-"""The four ops as functions of arrays, for use inside a caller's own ``jit``, ``scan`` and the like (CPU).
+"""The four ops as functions of arrays, for use inside a caller's own ``jit``, ``scan`` and the like.
+
+They run on the CPU and on CUDA devices.
 
 Page ops, ``gather_pages`` and ``scatter_pages``, are pure. Pool ops, ``offload`` and ``restore``, read and
 write a host pool that XLA does not see. Nothing but data dependence orders them and keeps them from being
 dropped, merged or moved out of a loop. So each takes a token and returns one: pass it on, and return the last
 one from the jitted function. ``offload`` also returns its leaves; go on with those.
+
+A ``BlockTransfer`` knows nothing of tokens: before one uses slots that a program wrote, or a program those of
+a transfer, wait for the last token, or for the ticket. What was prefetched stays what it was, whatever a
+program writes to its slots.
 
 None of them fails for what ids or addresses say: entries that are wrong are skipped and counted in the
 status. They move bytes, so ``grad`` and ``vmap`` do not apply to them: JAX refuses both when it traces.

@@ -33,9 +33,9 @@ def register_targets() -> None:
         if _registered:
             return
         native = load_native()
-        if _has_platform("cpu"):
+        if has_platform("cpu"):
             _register(native.ffi_targets(), "cpu")
-        if has_cuda() and _has_platform("cuda"):
+        if has_cuda() and has_platform("cuda"):
             _register(load_cuda().ffi_targets(), "CUDA")
         _registered = True
 
@@ -43,11 +43,12 @@ def register_targets() -> None:
 def prepare_pool(pool: AnyPool) -> None:
     """Let GPUs reach the memory of ``pool``, if JAX has any here that we have handlers for."""
     register_targets()
-    if has_cuda() and _has_platform("cuda"):
+    if has_cuda() and has_platform("cuda"):
         pin_pool(pool)
 
 
-def _has_platform(platform: str) -> bool:
+def has_platform(platform: str) -> bool:
+    """Whether JAX has devices of this platform here, by the names that ``jax.devices`` takes."""
     try:
         return bool(jax.devices(platform))
     except RuntimeError:  # JAX was not installed for it, or told not to use it.

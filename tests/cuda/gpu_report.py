@@ -22,6 +22,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parents[2]
 MOST_JOBS = 8
 GPU_FACTS = ("name", "driver_version", "memory.total", "pcie.link.gen.max", "pcie.link.width.max")
+JUNIT = ("-o", "junit_family=xunit1")  # the one that keeps what tests measured
 COUNTS = ("tests", "failures", "errors", "skipped")
 
 
@@ -45,7 +46,7 @@ class Suite:
 def run_suite(name: str, marks: str, options: Sequence[str], output: Path) -> Suite:
     """Run the tests with these marks. What pytest prints goes to the screen and to a file."""
     junit = output / f"{name}.xml"
-    chosen = ["-m", marks, "--ignore=tests/families", f"--junitxml={junit}", *options]
+    chosen = ["-m", marks, "--ignore=tests/families", f"--junitxml={junit}", *JUNIT, *options]
     command = [sys.executable, "-P", "-m", "pytest", *chosen]
     print(f"== {' '.join(command)}", flush=True)
     started = perf_counter()

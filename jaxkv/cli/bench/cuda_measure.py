@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from statistics import median
 from typing import Any, final
 
@@ -150,14 +150,15 @@ def _measure_shape(shape: Shape, repeats: int, on: CudaDevice, link: Link) -> li
         closing(JaxkvSide(shape, pool, block_ids)) as ours,
         undisturbed(),
     ):
-        out = _Direction(OFFLOAD, on, ours, ours.offload)
+        # Whoever follows one that kept the host busy for long would find a link that has gone to rest.
+        out = _Direction(OFFLOAD, on, ours, ours.offload, wake=lambda: link(True))
         out.add_others(
             Contender(LINK, lambda: link(True)),
             Contender(PUT_PINNED, plain.gather_and_put),
             Contender(JIT_PINNED, plain.gather_pinned),
             Contender(JIT_COPY, plain.gather_and_copy),
         )
-        back = _Direction(RESTORE, on, ours, ours.restore)
+        back = _Direction(RESTORE, on, ours, ours.restore, wake=lambda: link(False))
         back.add_others(
             Contender(LINK, lambda: link(False)),
             Contender(SCATTER_PINNED, plain.scatter_from_pinned, plain.put_pinned_pages),
@@ -181,16 +182,25 @@ def _works(contender: Contender) -> bool:
 
 @final
 class _Direction:
-    """Contenders in one direction, those of jaxkv first: the way it chooses, and every way it could."""
+    """Contenders in one direction, those of jaxkv first: the way it chooses, and every way it could. ``wake``
+    comes before each, untimed."""
 
-    def __init__(self, direction: str, on: CudaDevice, ours: JaxkvSide, move: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        direction: str,
+        on: CudaDevice,
+        ours: JaxkvSide,
+        move: Callable[[], object],
+        wake: Callable[[], object],
+    ) -> None:
         self._direction, self._on, self._ours, self._move = direction, on, ours, move
+        self._wake = wake
         self._on_device_s: dict[str, list[float]] = {}
         self._contenders = [self._go(name, paths) for name, paths in ({JAXKV: on.paths} | WAYS).items()]
 
     def add_others(self, *contenders: Contender) -> None:
         """Add those that JAX can do on this device."""
-        self._contenders += [one for one in contenders if _works(one)]
+        self._contenders += [self._awake(one) for one in contenders if _works(one)]
 
     def measure(self, shape: Shape, repeats: int) -> CudaResult:
         """Time all, and leave the device going the way it chose."""
@@ -201,6 +211,13 @@ class _Direction:
         on_device_s = {name: tuple(times[-repeats:]) for name, times in self._on_device_s.items()}
         return CudaResult(self._direction, shape, seconds, on_device_s)
 
+    def _awake(self, contender: Contender) -> Contender:
+        def prepare() -> None:
+            contender.prepare()
+            self._wake()
+
+        return replace(contender, prepare=prepare)
+
     def _go(self, name: str, paths: CudaPaths) -> Contender:
         def prepare() -> None:
             self._on.engine.paths = astuple(paths)
@@ -209,4 +226,4 @@ class _Direction:
             self._move()
             self._on_device_s.setdefault(name, []).extend(self._ours.copying_s(1))
 
-        return Contender(name, run, prepare)
+        return self._awake(Contender(name, run, prepare))
