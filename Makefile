@@ -25,7 +25,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
 SOURCES := pyproject.toml README.md LICENSE $(shell find jaxkv ffi examples -type f \
 	-not -name '*.pyc' -not -path '*/__pycache__/*')
-CPP := $(shell find ffi -name '*.cc' -o -name '*.h')
+CPP := $(shell find ffi -name '*.cc' -o -name '*.cu' -o -name '*.h')
 
 .PHONY: help demo bench bench-scheduler bench-retention test fuzz test-families run-families \
 	test-gpu-compiler run-gpu-compiler test-cuda run-cuda mutants lint format docs native-test clean
