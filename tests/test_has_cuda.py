@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from ctypes.util import find_library
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,7 @@ from jaxkv.errors import NativeError
 from jaxkv.host_pool import HostPool
 from jaxkv.transfer import cuda, cuda_device
 from jaxkv.transfer.block_transfer import make_backend
-from jaxkv.transfer.cuda_device import has_cuda
+from jaxkv.transfer.cuda_device import has_cuda, load_cuda
 
 
 @pytest.mark.parametrize(
@@ -39,3 +41,23 @@ def test_a_driver_that_is_too_old_is_named(driver: int, told: str, monkeypatch: 
     monkeypatch.setattr(cuda, "load_cuda", lambda: module)
     with HostPool(4096) as pool, pytest.raises(NativeError, match=told):
         make_backend("cuda", pool)
+
+
+def test_without_the_extension_an_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jaxkv._cuda", None)
+    load_cuda.cache_clear()
+    try:
+        assert not has_cuda()
+        with HostPool(4096) as pool, pytest.raises(NativeError, match=r"does not load .*JAXKV_CUDA=on"):
+            make_backend("cuda", pool)
+    finally:
+        load_cuda.cache_clear()
+
+
+@pytest.mark.skipif(find_library("cuda") is not None, reason="there is a CUDA driver")
+def test_the_extension_loads_where_there_is_no_driver() -> None:
+    extension = pytest.importorskip("jaxkv._cuda", reason="built without nvcc")
+    built, driver = extension.versions()
+    assert (built >= 12010, driver) == (True, 0)
+    with pytest.raises(NativeError, match="driver"):
+        extension.Engine(0, 1 << 20)
