@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -132,6 +133,15 @@ def test_plain_jax_moves_the_same_bytes(
     plan: MeshPlan, name: str, pool: HostPool, *, is_portable: bool
 ) -> None:
     move_everything(MESH_CASES[name], plan, "xla", pool, is_portable=is_portable)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "xla"])
+@pytest.mark.parametrize("plan", [TENSOR_2, DATA_2], ids=str)
+def test_blocks_move_inside_a_mesh_that_the_caller_has_set(
+    plan: MeshPlan, backend: str, pool: HostPool
+) -> None:
+    with jax.set_mesh(plan.make()):
+        move_everything(MESH_CASES["packed_kv"], plan, backend, pool, is_portable=False)
 
 
 DTYPES = (

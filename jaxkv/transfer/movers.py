@@ -12,6 +12,8 @@ from itertools import zip_longest
 from typing import final
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
 from jaxkv.errors import ConfigError
 from jaxkv.records import GroupPages, GroupRecord
@@ -24,6 +26,16 @@ Waves = Sequence[Collection[int]]
 """Leaves, by index, that one program restores, and then those of the next. Without waves one restores all."""
 
 _log = logging.getLogger(__name__)
+
+
+@contextmanager
+def _outside_meshes() -> Iterator[None]:
+    """Programs of one device each, whatever mesh the caller has set: JAX would refuse them inside it."""
+    if jax.sharding.get_mesh().empty:
+        yield
+    else:
+        with jax.set_mesh(Mesh(np.empty((), object), ())):
+            yield
 
 
 class GroupMover(ABC):
@@ -91,11 +103,13 @@ class OneDeviceMover(GroupMover):
         assert self._device is not None
         self.mover.forget_prefetched(self._device, entries)
 
+    @_outside_meshes()
     def offload(self, leaves: Mapping[int, jax.Array], entries: Entries) -> list[Move]:
         """See ``GroupMover``."""
         given = self._reachable(leaves)
         return [Move(self.mover.offload(given, entries), entries, self._pages.block_bytes)]
 
+    @_outside_meshes()
     def restore(
         self, leaves: Mapping[int, jax.Array], entries: Entries
     ) -> tuple[dict[int, jax.Array], list[Move]]:
@@ -114,6 +128,7 @@ class OneDeviceMover(GroupMover):
                 )
         return written, moves
 
+    @_outside_meshes()
     def warm_up(self, leaves: Mapping[int, jax.Array], num_entries: int) -> dict[int, jax.Array]:
         """See ``GroupMover``."""
         self.mover.warm_up_offload(self._reachable(leaves), num_entries)
@@ -213,6 +228,7 @@ class MeshMover(GroupMover):
         for station in self.stations:
             station.mover.forget_prefetched(self._devices[station.device_id], entries)
 
+    @_outside_meshes()
     def offload(self, leaves: Mapping[int, jax.Array], entries: Entries) -> list[Move]:
         """See ``GroupMover``."""
         parts = {index: _take_apart(leaf) for index, leaf in leaves.items()}
@@ -225,6 +241,7 @@ class MeshMover(GroupMover):
                     moves.append(station.move(status, entries=mine))
         return moves
 
+    @_outside_meshes()
     def restore(
         self, leaves: Mapping[int, jax.Array], entries: Entries
     ) -> tuple[dict[int, jax.Array], list[Move]]:
@@ -239,6 +256,7 @@ class MeshMover(GroupMover):
                     parts[index][station.device_id] = leaf
         return _put_together(leaves, parts), moves
 
+    @_outside_meshes()
     def warm_up(self, leaves: Mapping[int, jax.Array], num_entries: int) -> dict[int, jax.Array]:
         """See ``GroupMover``."""
         parts = {index: _take_apart(leaf) for index, leaf in leaves.items()}
