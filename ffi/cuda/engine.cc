@@ -346,7 +346,7 @@ void Engine::Fetch(const Batch& batch) {
     try {
       ToStaging(batch, *slot, first, count);
       ring_in_->Fill(*slot, in_);
-    } catch (const CudaError&) {
+    } catch (const std::exception&) {
       ring_in_->Abandon(*slot);
       throw;
     }
