@@ -18,6 +18,7 @@ SLOT_UNIT_BYTES = 512
 """Every slot starts at a multiple of this."""
 _WISHED_SLABS = 16
 _MAX_SLOTS_TRIED = 256
+_TRADED_FOR_LARGER = 1024
 
 
 def slot_stride(slot_bytes: int) -> int:
@@ -32,9 +33,9 @@ def choose_slab_bytes(capacity_bytes: int, slot_sizes: Collection[int]) -> int:
     """The slab size that wastes least of ``capacity_bytes``, where the worst served slot size counts.
 
     A slab holds the largest slot at least once. Where the arena is large enough there are 16 slabs or more,
-    so that sizes can trade them; the smaller, the better they can. For one size alone the larger are better:
-    the bookkeeping of their slots lies together. Raises ``ConfigError`` if the largest slot does not fit at
-    all.
+    so that sizes can trade them; the smaller, the better they can. For one size alone the larger are better,
+    though they leave up to a thousandth of the arena unused: the bookkeeping of their slots lies together.
+    Raises ``ConfigError`` if the largest slot does not fit at all.
     """
     strides = {slot_stride(size) for size in slot_sizes}
     largest = max(strides)
@@ -54,5 +55,7 @@ def choose_slab_bytes(capacity_bytes: int, slot_sizes: Collection[int]) -> int:
         return min(slabs * (slab_bytes // stride) * stride for stride in strides)
 
     most_usable = max(map(usable_bytes, fitting))
-    best = [slab_bytes for slab_bytes in fitting if usable_bytes(slab_bytes) == most_usable]
-    return max(best) if len(strides) == 1 else min(best)
+    if len(strides) == 1:
+        enough = most_usable - capacity_bytes // _TRADED_FOR_LARGER
+        return max(slab_bytes for slab_bytes in fitting if usable_bytes(slab_bytes) >= enough)
+    return min(slab_bytes for slab_bytes in fitting if usable_bytes(slab_bytes) == most_usable)

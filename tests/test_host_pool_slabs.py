@@ -45,6 +45,16 @@ def test_one_slot_size_alone_wastes_less_than_one_slot_in_sixteen(size: int, cap
     assert max_slots * slot_stride(size) >= capacity - capacity // 8 - slab_bytes
 
 
+@given(size=st.integers(1, 1 << 20), num_slots=st.integers(1 << 14, 1 << 18))
+def test_many_slots_of_one_size_share_slabs_whatever_their_number(size: int, num_slots: int) -> None:
+    capacity = num_slots * slot_stride(size)
+    slab_bytes = choose_slab_bytes(capacity, [size])
+    slots_per_slab = slab_bytes // slot_stride(size)
+    assert slots_per_slab >= 16
+    in_a_page = 8  # An arena that ends within a page leaves that unused, too.
+    assert capacity // slab_bytes * slots_per_slab >= num_slots - num_slots // 1024 - in_a_page
+
+
 def test_a_slot_of_no_bytes_is_an_error() -> None:
     with pytest.raises(ConfigError, match="at least 1, got 0"):
         slot_stride(0)
