@@ -292,7 +292,8 @@ def test_slots_of_a_transfer_nobody_holds_come_back_when_it_has_ended(pool: Host
     after = BlockTransfer(canonical, pool)
     with after.reserve(GROUP, 4) as others:
         after.offload(late, GROUP, range(4), others).wait()  # One thread's programs run one by one.
-    deadline_s = time.monotonic() + 60  # XLA lets the next program begin before it says that this one is ready.
+    # XLA lets the next program begin before it says that this one is ready.
+    deadline_s = time.monotonic() + 60
     while pool.used_bytes and time.monotonic() < deadline_s:
         after.settle()
     assert pool.used_bytes == 0
