@@ -218,8 +218,10 @@ class Machine:
 
     def _take_results(self, output: SchedulerOutput):
         results = []
+        saves = self.draw.random() < self.setup.save_odds
         for connector, arrays in zip(self.connectors, self.caches.arrays, strict=True):
-            connector.wait_for_save(arrays)
+            if saves:
+                connector.wait_for_save(arrays)
             results.append(connector.get_transfer_results(output.finished_req_ids))
             connector.clear_connector_metadata()
         return self._aggregator.aggregate(results) if len(results) > 1 else results[0]

@@ -53,6 +53,7 @@ class Setup:
     retry_odds: float = 0.0
     emit_odds: float = 0.0
     break_odds: float = 0.0
+    save_odds: float = 1.0
     arrive_odds: float = 0.25
     event_odds: float = 0.05
     resets: bool = True
@@ -142,6 +143,7 @@ def draw_setup(draw: Random) -> Setup:
         event_odds=draw.choice([0.02, 0.1]),
         emit_odds=draw.choice([0, 0.1]),
         land_odds=draw.choice([1.0, 1.0, 0.6, 0.3, 0.1]),
+        save_odds=draw.choice([1.0, 1.0, 0.5, 0.0]),
         **_draw_trouble(draw),
     )
 

@@ -4,6 +4,7 @@ import pytest
 from connector_loop import Loop, expected_output
 from loop_model import make_config
 from loop_tools import held, no_room
+from workers_loop import WorkersLoop
 
 from jaxkv.connector import KVConnectorOutput, SchedulerOutput
 from jaxkv.keys import JobId
@@ -93,19 +94,110 @@ def test_blocks_given_back_for_a_step_that_was_not_reported_are_read_before_the_
     loop.close()
 
 
+def without_saves(loop):
+    """A loop that does not call ``wait_for_save``."""
+    loop.connector.wait_for_save = lambda caches: caches
+    return loop
+
+
+def begin_step(loop):
+    """Plan a step and begin it."""
+    loop.preempted, loop.new_blocks = set(), {}
+    output = SchedulerOutput(loop.schedule(), loop.new_blocks)
+    metadata = loop.connector.build_connector_meta(output)
+    return output, metadata, loop.connector.handle_preemptions(loop.caches, metadata)
+
+
+def test_stores_that_nobody_asks_for_behind_a_step_are_read_before_a_later_one():
+    log = []
+    loop = without_saves(watched(Loop(config=make_config(ATTENTION)), log))
+    request = loop.add("a", PROMPT, 8)
+    for _ in range(4):
+        loop.step()
+    assert log == ["step", "step", "step", ("store", True), "step"]
+    loop.run()
+    assert held(loop, request, 0)
+    loop.close()
+
+
+def test_what_was_to_be_planned_behind_a_step_that_broke_off_is_planned_with_the_next():
+    loop = Loop(config=make_config(ATTENTION))
+    loop.add("a", PROMPT, 8)
+    loop.step()
+    _, metadata, _ = begin_step(loop)
+    assert not metadata.stores
+    metadata = loop.connector.build_connector_meta(SchedulerOutput())
+    assert [blocks.block_ids.size for job in metadata.stores for blocks in job.blocks] == [4, 4]
+
+
+def test_a_request_that_ends_before_its_stores_were_planned_loses_none():
+    log = []
+    loop = without_saves(watched(Loop(config=make_config(ATTENTION), offload_prompt_only=False), log))
+    request = loop.add("a", PROMPT[:16], 1)
+    loop.step()
+    loop.step()
+    assert request.done
+    assert log == ["step", "step"]
+    loop.run()
+    assert log[2] == ("store", False)
+    assert held(loop, request, 0) == {4, 8, 12, 16}
+    loop.close()
+
+
+def test_a_request_aborted_while_a_step_runs_is_stored_before_the_next():
+    log = []
+    loop = watched(Loop(config=make_config(ATTENTION)), log)
+    request = loop.add("a", PROMPT, 8)
+    loop.step()
+    begin_step(loop)
+    loop.abort(request)
+    loop.connector.wait_for_save(loop.caches)
+    assert log == ["step"]
+    loop.connector.update_connector_output(KVConnectorOutput())
+    loop.run()
+    assert log[1] == ("store", False)
+    assert held(loop, request, 0) == {4, 8, 12, 16}
+    loop.close()
+
+
+def test_a_reset_while_a_step_runs_leaves_nothing_to_be_planned_behind_it():
+    log = []
+    loop = watched(Loop(config=make_config(ATTENTION)), log)
+    request = loop.add("a", PROMPT[:17], 8)
+    loop.step()
+    begin_step(loop)
+    loop.connector.reset_cache()
+    assert loop.connector.leaks() == ["request 'a' has not finished"]
+    loop.connector.wait_for_save(loop.caches)
+    assert log == ["step"]
+    loop.connector.update_connector_output(KVConnectorOutput())
+    loop.run()
+    assert held(loop, request, 0) == set()
+    loop.close()
+
+
+def test_several_workers_are_told_of_all_stores_when_a_step_begins():
+    loop = WorkersLoop(config=make_config(ATTENTION))
+    loop.add("a", PROMPT, 8)
+    loop.step()
+    _, metadata, _ = begin_step(loop)
+    assert [job.may_follow_step for job in metadata.stores] == [True]
+
+
 def test_what_was_to_follow_a_step_that_broke_off_is_read_before_the_next():
     log = []
     loop = watched(Loop(config=make_config(ATTENTION)), log)
     request = loop.add("a", PROMPT, 8)
     loop.step()
     wait_for_save = loop.connector.wait_for_save
-    loop.connector.wait_for_save = lambda caches: caches
+    without_saves(loop)
     loop.step()
-    assert log == ["step", "step"]
+    loop.step()
+    assert log == ["step", "step", "step"]
     assert loop.connector.has_pending_push_work()
     loop.step()
     loop.connector.wait_for_save = wait_for_save
-    assert log == ["step", "step", ("store", True), "step"]
+    assert log == ["step", "step", "step", ("store", True), "step"]
     loop.run()
     assert held(loop, request, 0)
     loop.close()
@@ -114,15 +206,15 @@ def test_what_was_to_follow_a_step_that_broke_off_is_read_before_the_next():
 @pytest.mark.parametrize("waits", [False, True])
 def test_a_store_that_was_still_to_follow_at_the_end_has_failed(waits):
     loop = Loop(config=make_config(ATTENTION))
-    loop.add("a", PROMPT, 8)
+    wait_for_save = loop.connector.wait_for_save
+    without_saves(loop).add("a", PROMPT, 8)
     loop.step()
-    loop.preempted, loop.new_blocks = set(), {}
-    metadata = loop.connector.build_connector_meta(SchedulerOutput(loop.schedule(), loop.new_blocks))
+    loop.step()
+    _, metadata, _ = begin_step(loop)
     (job,) = metadata.stores
     assert job.may_follow_step
-    loop.connector.handle_preemptions(loop.caches, metadata)
     if waits:
-        loop.connector.wait_for_save(loop.caches)
+        wait_for_save(loop.caches)
     worker = loop.connector._open_worker
     worker.drain()
     worker.take_received()

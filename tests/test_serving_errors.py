@@ -11,6 +11,7 @@ from toy_model import ToyModel, make_config, oracle_tokens, random_prompt, share
 
 from jaxkv.errors import ConfigError, DeletedCacheError, RequestError
 from jaxkv.serving import EngineConfig, LLMEngine, SamplingParams
+from jaxkv.serving import engine as serving_engine
 from jaxkv.serving.interrupts import hold_interrupts
 
 BLOCKS = {"full": 30, "window": 14, "state": 4}
@@ -108,6 +109,7 @@ POINTS = [
     ("programs", "fill"),
     ("cache", "extend"),
     ("cache", "register"),
+    ("engine", "_read_tokens"),
 ]
 
 
@@ -115,7 +117,12 @@ POINTS = [
 @pytest.mark.parametrize(("owner", "name"), POINTS, ids=[name for _, name in POINTS])
 def test_a_step_that_breaks_off_loses_no_request(engine, monkeypatch, owner, name, error):
     prompts = [random_prompt(seed, 40 + seed) for seed in range(5)]
-    owners = {"connector": engine.connector, "programs": engine._programs, "cache": engine._cache}
+    owners = {
+        "connector": engine.connector,
+        "programs": engine._programs,
+        "cache": engine._cache,
+        "engine": serving_engine,
+    }
     ids = [engine.add_request(prompt, SamplingParams(max_new_tokens=6)) for prompt in prompts]
     fail_once(monkeypatch, owners[owner], name, error, after=3)
     done, failures = {}, 0

@@ -6,14 +6,17 @@ import os
 import signal
 from functools import partial
 
+import jax
 import numpy as np
 import pytest
 from toy_model import ToyModel, make_config, oracle_tokens, random_prompt, share_programs
 
 from jaxkv.connector import OffloadingConfig, OffloadingConnector
 from jaxkv.connector.lookup import Deferral
+from jaxkv.errors import DeletedCacheError
 from jaxkv.offload import LookupResult, OffloadingManager
 from jaxkv.serving import EngineConfig, LLMEngine, SamplingParams
+from jaxkv.serving import engine as serving_engine
 
 pytestmark = pytest.mark.usefixtures("platform")
 
@@ -127,6 +130,33 @@ def test_what_a_broken_step_did_not_compute_is_not_stored(monkeypatch):
     engine.reset_prefix_cache()
     # Whatever of the broken step had been stored would come back now, and change the tokens.
     assert expect(engine, [prompt])[0].metrics.host_hit_tokens == 56
+    close(engine)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_step_that_fails_when_its_tokens_are_read_is_stored_only_if_its_caches_are_there(monkeypatch, lost):
+    """The connector was told of the step while it ran."""
+    engine = make_engine()
+    prompt = random_prompt(0, 60)
+    original = serving_engine._read_tokens
+
+    def fail(running):
+        original(running)
+        for leaf in jax.tree.leaves(engine.kv_caches) if lost else ():
+            leaf.delete()
+        raise ZeroDivisionError
+
+    engine.add_request(prompt, SamplingParams(max_new_tokens=1))
+    engine.step()
+    monkeypatch.setattr(serving_engine, "_read_tokens", fail)
+    with pytest.raises(DeletedCacheError if lost else ZeroDivisionError):
+        engine.step()
+    monkeypatch.setattr(serving_engine, "_read_tokens", original)
+    engine.abort_all()
+    engine.flush()
+    engine.reset_prefix_cache()
+    output = expect(engine, [prompt])[0]
+    assert (output.metrics.host_hit_tokens > 0) != lost
     close(engine)
 
 

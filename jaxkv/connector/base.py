@@ -202,11 +202,11 @@ class KVConnectorBase(ABC):
 
     @abstractmethod
     def wait_for_save(self, kv_caches: KVCaches) -> KVCaches:
-        """Submit the other stores of the step, from the caches it returned.
+        """Plan and submit the other stores of the step, from the caches it returned.
 
         Best called once the step was dispatched, and before its tokens are waited for. These stores are of
-        blocks that the step leaves alone. Where this is not called, ``handle_preemptions`` of the next step
-        submits them. What the step itself computes is stored by the next.
+        blocks that the step leaves alone. Where this is not called, they are planned and submitted with later
+        steps. What the step itself computes is stored by the next.
         """
 
     @abstractmethod

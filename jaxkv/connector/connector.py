@@ -221,7 +221,7 @@ class OffloadingConnector(KVConnectorBase):
 
     def wait_for_save(self, kv_caches: KVCaches) -> KVCaches:
         """See ``KVConnectorBase``."""
-        self._worker.submit_following(kv_caches)
+        self._worker.submit_following(self._scheduler.plan_following(), kv_caches)
         return kv_caches
 
     def get_finished(self, finished_req_ids: Set[str]) -> tuple[Set[str], Set[str]]:

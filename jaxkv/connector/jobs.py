@@ -47,7 +47,7 @@ class JobTable:
     """Jobs from planning until every one of ``num_workers`` workers has reported them."""
 
     def __init__(self, num_workers: int = 1) -> None:
-        self._num_workers = num_workers
+        self.num_workers = num_workers
         self._jobs: dict[JobId, Job] = {}
         self._next_id = 0
 
@@ -91,10 +91,10 @@ class JobTable:
         if job is None:
             return None
         job.reports.append(result)
-        if len(job.reports) < self._num_workers:
+        if len(job.reports) < self.num_workers:
             return None
         del self._jobs[result.job_id]
-        if self._num_workers == 1:
+        if self.num_workers == 1:
             return job, result
         return job, replace(
             result,

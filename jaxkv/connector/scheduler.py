@@ -26,6 +26,7 @@ from jaxkv.connector.protocols import BlockTables, PartialTailOffload, Request, 
 from jaxkv.connector.request_params import RequestParams
 from jaxkv.connector.request_state import RequestState, Tenure
 from jaxkv.connector.retention import prompt_boundaries
+from jaxkv.connector.store_queue import StoreQueue
 from jaxkv.connector.stores import StorePlanner
 from jaxkv.connector.tenures import StorePolicy, Tenures
 from jaxkv.errors import RequestError
@@ -53,14 +54,13 @@ class OffloadingScheduler:
         self._metrics = Metrics(caches)
         self._jobs = JobTable(num_workers)
         self._loads = LoadPlanner(caches, manager, self._jobs, self._metrics)
-        self._stores = StorePlanner(caches, manager, self._jobs, self._metrics, events)
+        planner = StorePlanner(caches, manager, self._jobs, self._metrics, events)
+        self._to_store = StoreQueue(caches, planner, self._jobs)
         self._requests: dict[str, RequestState] = {}
         self._step: Mapping[str, int] = {}
         self._last_step: Mapping[str, int] = {}
         self._left_in_step: list[tuple[Tenure, int]] = []
         self._unconfirmed: list[Tenure] = []
-        self._without_room: dict[Tenure, None] = {}
-        self._due: dict[Tenure, None] = {}
         self._departed: list[ReqContext] = []
         self._admitted: set[str] = set()
         self._kept_blocks: set[str] = set()
@@ -133,7 +133,7 @@ class OffloadingScheduler:
         self._confirm_step()
         self._end_preempted(scheduler_output)
         self._take_handed_states(scheduler_output)
-        stores = self._plan_stores()
+        stores = self._to_store.plan_before_step(self._last_step)
         for ctx in self._departed:
             self._manager.on_request_finished(ctx)
         self._departed.clear()
@@ -166,12 +166,12 @@ class OffloadingScheduler:
             if tenure is None:
                 continue
             if tenure.end_step(num_tokens):
-                self._due[tenure] = None
+                self._to_store.add(tenure)
             if tenure.unconfirmed_tokens:
                 self._unconfirmed.append(tenure)
         for tenure, num_tokens in self._left_in_step:
             tenure.end_step(num_tokens)
-            self._due[tenure] = None
+            self._to_store.add(tenure)
         if self._step:
             self._step, self._last_step = {}, self._step
         self._left_in_step = []
@@ -180,7 +180,7 @@ class OffloadingScheduler:
         """A loop may say what was computed before ``update_connector_output`` or, at the latest, by now."""
         for tenure in self._unconfirmed:
             if tenure.confirm():
-                self._due[tenure] = None
+                self._to_store.add(tenure)
         self._unconfirmed.clear()
 
     def has_pending_push_work(self) -> bool:
@@ -197,7 +197,7 @@ class OffloadingScheduler:
         if not handed:
             return
         stays = {req_id: state.tenure for req_id in handed if (state := self._requests.get(req_id))}
-        stays |= {tenure.ctx.req_id: tenure for tenure in self._due if tenure.has_ended}
+        stays |= {tenure.ctx.req_id: tenure for tenure in self._to_store if tenure.has_ended}
         for req_id, offloads in handed.items():
             tenure = stays.get(req_id)
             if tenure is not None and tenure.running:
@@ -223,31 +223,19 @@ class OffloadingScheduler:
             is_wanted = tenure.limit_tokens is None or boundary <= tenure.limit_tokens
             if is_wanted and boundary % self._caches.tokens_per_chunk(group):
                 self._tenures.ask_for_tail(tenure, boundary)
-            self._due[tenure] = None
+            self._to_store.add(tenure)
 
-    def _plan_stores(self) -> tuple[TransferJob, ...]:
-        """Plan for everyone who is due. Who is refused is due again when a job has ended."""
-        due, self._due = self._due, {}
-        for tenure in due:
-            if tenure.ctx.req_id not in self._last_step:
-                # A step went by without it, or broke off: what it gave back then may be overwritten.
-                tenure.previous_tokens = tenure.complete_tokens
-        jobs = self._stores.plan(tenure for tenure in due if tenure.running)
-        for tenure in due:
-            if tenure.was_refused and not tenure.has_ended:
-                waiting = self._without_room if len(self._jobs) else self._due
-                waiting[tenure] = None
-        return tuple(jobs)
+    def plan_following(self) -> tuple[TransferJob, ...]:
+        """Plan the stores that ``build_connector_meta`` left for later: the step runs and leaves them alone.
 
-    def _offer_again(self) -> None:
-        """A job has ended, so there may be room for what was refused."""
-        self._due.update(dict.fromkeys(tenure for tenure in self._without_room if not tenure.has_ended))
-        self._without_room.clear()
+        Those that nobody asks for are in the next metadata.
+        """
+        return self._to_store.plan_behind_step()
 
     def _end_job(self, job: Job, result: JobResult) -> None:
         success = result.error is None
         self._metrics.job_ended(job, result)
-        self._offer_again()
+        self._to_store.offer_again()
         if job.kind is JobKind.STORE:
             self._manager.complete_store(job.keys, job.ctx, success=success)
             self._events.store_ended(result.job_id, success=success)
@@ -301,7 +289,7 @@ class OffloadingScheduler:
         if num_tokens is not None:
             self._left_in_step.append((tenure, num_tokens))
         if tenure.running:
-            self._due[tenure] = None
+            self._to_store.add(tenure)
 
     def _end_preempted(self, scheduler_output: SchedulerOutput) -> None:
         """Who was preempted and has been admitted again since goes on with the new stay."""
@@ -352,8 +340,7 @@ class OffloadingScheduler:
                 self._tenures.skip(state.tenure, self._step.get(state.ctx.req_id, 0))
         for tenure, num_tokens in self._left_in_step:
             self._tenures.skip(tenure, num_tokens)
-        self._without_room.clear()
-        self._due.clear()
+        self._to_store.clear()
         self._events.reset(self._manager)
 
     def leaks(self) -> list[str]:
@@ -361,7 +348,7 @@ class OffloadingScheduler:
         return [
             *(f"job {job.transfer.job_id} ({job.kind.name}) has not been reported" for job in self._jobs),
             *(f"request {req_id!r} has not finished" for req_id in self._requests),
-            *(f"request {tenure.ctx.req_id!r} has chunks that were not planned" for tenure in self._due),
+            *(f"request {tenure.ctx.req_id!r} has chunks that were not planned" for tenure in self._to_store),
             *self._loads.leaks(),
             *self._manager.leaks(),
         ]
@@ -374,11 +361,10 @@ class OffloadingScheduler:
         self._loads.drop_all()
         self._loads.take_unsent()
         self._requests.clear()
-        self._due.clear()
+        self._to_store.clear()
         self._step, self._left_in_step = {}, []
         self._departed.clear()
         self._unconfirmed.clear()
-        self._without_room.clear()
         self._admitted.clear()
         self._kept_blocks.clear()
         self._manager.shutdown()

@@ -288,13 +288,29 @@ def stays_whole(caches: ChunkedCaches, tenure: Tenure, spans: Iterable[PlannedSp
 
     It does if the request keeps all of them: it computes behind them. A state is written on in its block.
     """
-    return not tenure.has_ended and all(_is_kept(caches, tenure, planned.span) for planned in spans)
+    return not tenure.has_ended and all(
+        _keeps_from(caches, tenure, planned.span.group, planned.span.chunks.start) for planned in spans
+    )
 
 
-def _is_kept(caches: ChunkedCaches, tenure: Tenure, span: ChunkSpan) -> bool:
-    spec = caches.config.groups[span.group].spec
+def can_wait(caches: ChunkedCaches, tenure: Tenure) -> bool:
+    """Whether a plan made once the coming step was begun finds all that one made before it would.
+
+    Who has ended, or has a tail to store, may also want chunks that were passed over, and those may be gone.
+    """
+    if tenure.has_ended or tenure.tail is not None:
+        return False
+    return all(
+        not caches.is_state(group) and _keeps_from(caches, tenure, group, first)
+        for group, first in zip(caches.groups, tenure.next_chunk, strict=True)
+    )
+
+
+def _keeps_from(caches: ChunkedCaches, tenure: Tenure, group: GroupId, chunk: int) -> bool:
+    """Whether the request gives back none of the blocks of ``chunk`` and those behind it before the step."""
+    spec = caches.config.groups[group].spec
     if reads_every_token(spec):
         return True
     # The loop gives back by what it has computed, which is more where it did not report a step.
     computed = max(tenure.complete_tokens, tenure.request.num_computed_tokens)
-    return unread_blocks(spec, computed).stop <= caches.blocks(span.chunks).start
+    return unread_blocks(spec, computed).stop <= chunk * caches.blocks_per_chunk

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import final
 
 from jaxkv.connector.base import KVCaches, LoadFailure
@@ -46,7 +46,7 @@ class OffloadingConnectorWorker:
         Loads that nobody waits for any more are called off.
         """
         self._worker.cancel(metadata.cancelled)
-        self.submit_following(kv_caches)
+        self.submit_following((), kv_caches)
         for job in metadata.stores:
             if job.job_id <= self._last_store:
                 continue
@@ -56,8 +56,9 @@ class OffloadingConnectorWorker:
                 self._submit_store(job, kv_caches)
             self._last_store = job.job_id
 
-    def submit_following(self, kv_caches: KVCaches) -> None:
-        """Submit the stores that may follow the step, which runs meanwhile or has run."""
+    def submit_following(self, stores: Iterable[TransferJob], kv_caches: KVCaches) -> None:
+        """Submit ``stores`` and those left that may follow the step, which runs meanwhile or has run."""
+        self._following += stores
         while self._following:
             self._submit_store(self._following[0], kv_caches)
             del self._following[0]

@@ -41,8 +41,8 @@ class LLMEngine:
 
     An exception in ``step`` (a Ctrl-C included) costs no request: those that held blocks are queued
     again and recompute what the device cache no longer has. The caller may go on with ``step``, or
-    ``abort`` what it no longer wants. Outputs of requests that had finished come with the next step. The
-    connector is not told that such a step ended, so it stores nothing of it.
+    ``abort`` what it no longer wants. Outputs of requests that had finished come with the next step. Of
+    such a step the connector stores nothing unless its programs had been started, and nothing of lost caches.
     """
 
     def __init__(
@@ -270,12 +270,12 @@ class LLMEngine:
         self._unsent_stores = self._unsent_loads = plan.metadata
         self._send_to_worker()
         running = self._dispatch(plan)
-        # What the connector does now costs nothing where an accelerator computes meanwhile.
+        # What is done before the tokens are waited for costs nothing where an accelerator computes meanwhile.
         self.kv_caches = dict(self.connector.wait_for_save(self.kv_caches))
         self._untaken_results = results = self._transfer_results(plan)
-        sampled = _read_tokens(running)
         valid = self._scheduler.update(plan, results)
         self._untaken_results = None
+        sampled = _read_tokens(running)
         now_s = time.perf_counter()
         for part in valid:
             token, logits = sampled[part.request.request_id]
