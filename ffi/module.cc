@@ -16,6 +16,7 @@
 #include "entries_module.h"
 #include "handlers.h"
 #include "index_module.h"
+#include "large_pages.h"
 #include "pool.h"
 #include "slots.h"
 #include "slots_module.h"
@@ -179,6 +180,8 @@ NB_MODULE(_native, module) {
   RegisterBench(module);
   module.def("ffi_targets", &FfiTargets);
   module.def("copy_loop", &CopyLoopName);
+  module.def("gather_into_large_pages", &GatherIntoLargePages, nb::arg("address"), nb::arg("num_bytes"),
+             nb::call_guard<nb::gil_scoped_release>());
 }
 
 }  // namespace

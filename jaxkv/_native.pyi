@@ -216,3 +216,9 @@ def copy_loop() -> str:
 
     Raises ``ConfigError`` if ``JAXKV_COPY`` names one that does not run here; so does ``ffi_targets``.
     """
+
+def gather_into_large_pages(address: int, num_bytes: int) -> int:
+    """Has the kernel hold this memory in pages of 2 MiB, where they fit inside, whoever uses it meanwhile.
+
+    Returns the bytes it was asked for and did not refuse.
+    """
