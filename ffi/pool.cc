@@ -14,6 +14,7 @@
 #include <string>
 #include <utility>
 
+#include "fork_depth.h"
 #include "numa.h"
 #include "thread_pool.h"
 
@@ -172,14 +173,14 @@ SharedFile::~SharedFile() {
 SharedFile::SharedFile(SharedFile&& other) noexcept
     : fd_(std::exchange(other.fd_, -1)), num_bytes_(other.num_bytes_) {}
 
-Arena::Arena(int64_t num_bytes) : num_bytes_(WholePages(num_bytes)), creator_(getpid()) {
+Arena::Arena(int64_t num_bytes) : num_bytes_(WholePages(num_bytes)), fork_depth_(ForkDepth()) {
   data_ = MapAligned(num_bytes_, PROT_READ | PROT_WRITE);
   huge_pages_ = AdviseHugePages(data_, num_bytes_);
   InterleaveOverNodes(data_, num_bytes_);
   Populate();
 }
 
-Arena::Arena(const SharedFile& file) : num_bytes_(file.num_bytes()), creator_(getpid()) {
+Arena::Arena(const SharedFile& file) : num_bytes_(file.num_bytes()), fork_depth_(ForkDepth()) {
   data_ = MapFile(file);
   huge_pages_ = AdviseHugePages(data_, num_bytes_) && SharedMemoryHasHugePages();
   InterleaveOverNodes(data_, num_bytes_);
@@ -203,7 +204,7 @@ void Arena::Populate() {
   }
 }
 
-bool Arena::owned_by_this_process() const { return getpid() == creator_; }
+bool Arena::owned_by_this_process() const { return ForkDepth() == fork_depth_; }
 
 PoolRegistry& PoolRegistry::Global() {
   static PoolRegistry* registry = new PoolRegistry;  // Outlives every copy, also at exit.

@@ -78,7 +78,7 @@ class Arena {
   uint8_t* data_ = nullptr;
   int64_t num_bytes_ = 0;
   bool huge_pages_ = false;
-  pid_t creator_;
+  const int fork_depth_;
 };
 
 // What a compiled program knows of a pool: a small number that stays the same over its life and is used again

@@ -10,6 +10,8 @@
 #include <system_error>
 #include <thread>
 
+#include "fork_depth.h"
+
 namespace jaxkv {
 namespace {
 
@@ -70,7 +72,7 @@ ThreadPool& ThreadPool::Global() {
   return *pool;
 }
 
-ThreadPool::ThreadPool() : pid_(getpid()) {
+ThreadPool::ThreadPool() : fork_depth_(ForkDepth()) {
   CPU_ZERO(&cpus_);
   int num_cpus = static_cast<int>(std::thread::hardware_concurrency());
   if (sched_getaffinity(0, sizeof(cpus_), &cpus_) == 0) num_cpus = CPU_COUNT(&cpus_);
@@ -124,7 +126,7 @@ void ThreadPool::Wake(int64_t most) {
 }
 
 void ThreadPool::ParallelFor(int64_t count, const std::function<void(int64_t)>& task) {
-  if (count <= 1 || num_workers_ == 0 || getpid() != pid_) {
+  if (count <= 1 || num_workers_ == 0 || ForkDepth() != fork_depth_) {
     for (int64_t i = 0; i < count; ++i) task(i);
     return;
   }

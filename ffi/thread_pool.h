@@ -3,7 +3,6 @@
 #define JAXKV_THREAD_POOL_H_
 
 #include <sched.h>
-#include <sys/types.h>
 
 #include <cstdint>
 #include <deque>
@@ -37,7 +36,7 @@ class ThreadPool {
 
   cpu_set_t cpus_;  // those this process may use
   int num_workers_ = 0;
-  const pid_t pid_;
+  const int fork_depth_;
   std::mutex mutex_;
   std::deque<std::shared_ptr<Job>> jobs_;
   std::vector<Worker*> idle_;

@@ -164,6 +164,12 @@ void CheckFork() {
     ThreadPool::Global().ParallelFor(10, [&](int64_t i) { sum += static_cast<int>(i); });
     return !arena.owned_by_this_process() && !shared.owned_by_this_process() && sum == 45;
   }));
+  assert(HoldsInChild([&] {
+    Arena of_child(4096);
+    return of_child.owned_by_this_process() &&
+           HoldsInChild([&] { return !of_child.owned_by_this_process(); });
+  }));
+  assert(arena.owned_by_this_process() && shared.owned_by_this_process());
 }
 
 }  // namespace
