@@ -228,13 +228,15 @@ class Scheduler:
     def _schedule_running(self, chunks: list[ScheduledChunk]) -> bool:
         """Schedule who is running, eldest first; whether none of them was left waiting for blocks."""
         nobody_waits = True
+        budget = self._prefill_budget
         index = 0
         while index < len(self._running):
             request = self._running[index]
-            choices = list(self._choices(request, self._prefill_budget - _prefill_tokens(chunks)))
+            choices = self._choices(request, budget)
             chunk = next((choice for choice in choices if self.cache.extend(request, choice)), None)
             if chunk is not None:
                 chunks.append(_scheduled(request, chunk))
+                budget -= _prefill_tokens(chunks[-1:])
             elif choices:
                 nobody_waits = False
                 if not self._must_wait_for_load(request):
