@@ -1,12 +1,11 @@
-"""Leaves on the CPU lie in large pages of memory once a first transfer, or ``warm_up``, was asked for."""
+"""Leaves on the CPU lie in large pages of memory once a transfer was warmed up."""
 
 from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +14,9 @@ import pytest
 
 from jaxkv.canonical import CanonicalKVCaches, canonicalize
 from jaxkv.host_pool import HostPool, load_native
-from jaxkv.keys import GroupId
 from jaxkv.spec import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from jaxkv.transfer import BlockTransfer
 
-GROUP = GroupId(0)
 LARGE_PAGE_BYTES = 2 << 20
 SHAPE = (2560, 2, 16, 4, 32)
 LEAF_BYTES = 40 << 20  # More than malloc takes from what was freed before.
@@ -63,32 +60,9 @@ def _make_caches() -> tuple[dict[str, jax.Array], CanonicalKVCaches]:
     return caches, canonicalize(caches, config)
 
 
-def _offload(transfer: BlockTransfer, caches: Any) -> Any:
-    with transfer.reserve(GROUP, 1) as slots:
-        assert transfer.offload(caches, GROUP, [3], slots).wait().error is None
-    return caches
-
-
-def _restore(transfer: BlockTransfer, caches: Any) -> Any:
-    with transfer.reserve(GROUP, 1) as slots:
-        page = np.asarray(caches["layer.0"])[3].copy()
-        np.frombuffer(transfer.pool.view(slots[0]), np.float32)[:] = page.reshape(-1)
-        caches, ticket = transfer.restore(caches, GROUP, [3], slots)
-        assert ticket.wait().error is None
-    return caches
-
-
-def _warm_up(transfer: BlockTransfer, caches: Any) -> Any:
-    return transfer.warm_up(caches, 1)
-
-
-@pytest.mark.parametrize("begin", [_offload, _restore, _warm_up])
-def test_leaves_lie_in_large_pages_with_what_they_hold(
-    begin: Callable[[BlockTransfer, Any], Any], pool: HostPool
-) -> None:
+def test_a_warm_up_brings_leaves_into_large_pages_with_what_they_hold(pool: HostPool) -> None:
     caches, canonical = _make_caches()
-    transfer = BlockTransfer(canonical, pool)
-    caches = begin(transfer, caches)
+    caches = BlockTransfer(canonical, pool).warm_up(caches, 1)
     assert _large_page_bytes(caches["layer.0"]) >= IN_LARGE_PAGES
     expected = np.arange(np.prod(SHAPE), dtype=np.float32).reshape(SHAPE)
     np.testing.assert_array_equal(np.asarray(caches["layer.0"]), expected)

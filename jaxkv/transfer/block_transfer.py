@@ -224,9 +224,8 @@ class BlockTransfer:
         return kv_caches, self._under_way.start(group, use, moves)
 
     def warm_up(self, kv_caches: KVCaches, max_blocks: int) -> KVCaches:
-        """Compile every program that transfers of up to ``max_blocks`` blocks need. Moves nothing.
-
-        Consumes ``kv_caches`` and returns those to go on with, unchanged.
+        """Compile what transfers of up to ``max_blocks`` blocks need, and bring caches on the CPU into large
+        pages of memory. Consumes ``kv_caches`` and returns those to go on with, unchanged.
         """
         for group in map(GroupId, range(len(self.canonical.groups))):
             num_entries = bucket_size(1)

@@ -51,15 +51,14 @@ class CpuMover(PageMover):
     Large transfers are detached: they run beside the caller on a thread of XLA, which lets no later program
     donate a leaf that is still being read, nor read one that is still being written.
 
-    The first leaves it is given are brought into large pages of memory, in which a program that donates them
-    leaves them. That takes 0.2 to 2 seconds a GiB, and ``warm_up`` does it ahead of the first transfer.
+    A warm-up brings leaves into large pages of memory, in which programs that donate them leave them. That
+    takes 0.2 to 2 seconds a GiB.
     """
 
     def __init__(self, pool: AnyPool, pages: GroupPages) -> None:
         self._pool = pool
         self._pages = pages
         self._inline_blocks = DETACHED_BYTES // max(pages.block_bytes, 1)
-        self._in_large_pages = False
         leaves = range(1, 1 + len(pages.leaves))
         self.inline_read = jax.jit(_named("jaxkv_offload", self._read))
         self.inline_write = jax.jit(_named("jaxkv_restore", self._write), donate_argnums=leaves)
@@ -68,7 +67,6 @@ class CpuMover(PageMover):
 
     def offload(self, leaves: Leaves, entries: Entries) -> Status:
         """See ``PageMover``. Once this returns, XLA lets no donation overtake the read."""
-        self._gather_once(leaves)
         status: jax.Array
         if entries.num_blocks <= self._inline_blocks:
             status = self.inline_read(entries.numbers, *leaves)
@@ -78,7 +76,6 @@ class CpuMover(PageMover):
 
     def restore(self, leaves: Leaves, entries: Entries) -> tuple[list[jax.Array], Status]:
         """See ``PageMover``."""
-        self._gather_once(leaves)
         if entries.num_blocks <= self._inline_blocks:
             status, written = self.inline_write(entries.numbers, *leaves)
         else:
@@ -87,6 +84,7 @@ class CpuMover(PageMover):
 
     def warm_up_offload(self, leaves: Leaves, num_entries: int) -> None:
         """See ``PageMover``."""
+        _gather_into_large_pages(leaves)
         for entries in _both_ways(num_entries):
             self.offload(leaves, entries)
 
@@ -97,24 +95,18 @@ class CpuMover(PageMover):
             written, _ = self.restore(written, entries)
         return written
 
-    def _gather_once(self, leaves: Leaves) -> None:
-        """XLA allocates leaves in pages of 4 KiB, which the processor finds too slowly."""
-        if self._in_large_pages:
-            return
-        self._in_large_pages = True
-        for leaf in leaves:
-            try:
-                leaf.block_until_ready()  # What was not written yet has no pages that could be gathered.
-                address = leaf.unsafe_buffer_pointer()
-            except jax.errors.JaxRuntimeError:
-                continue  # What went wrong with it is for the transfer to tell.
-            load_native().gather_into_large_pages(address, leaf.on_device_size_in_bytes())
-
     def _read(self, numbers: jax.Array, *leaves: jax.Array) -> jax.Array:
         return ops.read_blocks(self._pool, numbers, leaves, self._pages)
 
     def _write(self, numbers: jax.Array, *leaves: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         return ops.write_blocks(self._pool, numbers, leaves, self._pages)
+
+
+def _gather_into_large_pages(leaves: Leaves) -> None:
+    """XLA allocates leaves in pages of 4 KiB, whose addresses the processor finds too slowly."""
+    for leaf in leaves:
+        leaf.block_until_ready()  # What was not written yet has no pages that could be gathered.
+        load_native().gather_into_large_pages(leaf.unsafe_buffer_pointer(), leaf.on_device_size_in_bytes())
 
 
 def _both_ways(num_entries: int) -> tuple[Entries, Entries]:

@@ -53,6 +53,7 @@ class JaxkvSide:
     def __init__(self, shape: Shape, pool: HostPool, block_ids: npt.NDArray[np.int32]) -> None:
         self._caches: Any = {f"layer.{i}": fill(shape.leaf_shape) for i in range(shape.num_leaves)}
         self._transfer = BlockTransfer(shape.make_canonical(self._caches), pool)
+        self._caches = self._transfer.warm_up(self._caches, len(block_ids))
         self._block_ids = block_ids
         with self._transfer.reserve(GROUP, len(block_ids)) as slots:
             self._slots: Slots = slots.keep()

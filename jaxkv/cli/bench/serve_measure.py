@@ -126,9 +126,10 @@ def _compare_decode(settings: ServeSettings, spin_s: float, tell: Tell) -> Compa
                 params = SamplingParams(max_new_tokens=longest - 2 * BLOCK, ignore_eos=True)
                 engine.add_request([index % 256] * (BLOCK + index % BLOCK), params)
             _run_steps(engine)
-        host_s = median(_run_steps(pair.off))
         _run_steps(pair.on)
-        model.spins = round(max(0.0, settings.step_s - host_s) / spin_s)
+        for _ in range(2):  # The second time with what the loop does while the step runs.
+            lacking_s = settings.step_s - median(_run_steps(pair.off))
+            model.spins = max(0, model.spins + round(lacking_s / spin_s))
         before = _stored(pair.on)
         found = pair.compare("", lambda engine: lambda: _run_steps(engine), settings.repeats)
         stored, wanted = _stored(pair.on) - before, number * settings.repeats
