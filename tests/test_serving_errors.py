@@ -140,6 +140,43 @@ def test_a_step_that_breaks_off_loses_no_request(engine, monkeypatch, owner, nam
     assert all(pool.num_free == pool.num_blocks for pool in engine._cache.pools)
 
 
+@pytest.mark.parametrize("after", range(2, 9))
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [("engine", "_is_lost"), ("scheduler", "restart_all"), ("cache", "release")],
+    ids=["is_lost", "restart_all", "release"],
+)
+def test_ctrl_c_while_a_step_that_broke_off_is_cleared_up_loses_no_request(
+    engine, monkeypatch, owner, name, after
+):
+    """The step may be running still, so that is where somebody waits who presses the keys again."""
+    owners = {"engine": serving_engine, "scheduler": engine._scheduler, "cache": engine._cache}
+    prompts = [random_prompt(seed, 40 + seed) for seed in range(2)]
+    ids = [engine.add_request(prompt, SamplingParams(max_new_tokens=6)) for prompt in prompts]
+    read_tokens = serving_engine._read_tokens
+    calls = iter(range(1_000_000))
+
+    def interrupted(running):
+        if next(calls) == after:
+            fail_once(monkeypatch, owners[owner], name, KeyboardInterrupt())
+            raise KeyboardInterrupt
+        return read_tokens(running)
+
+    monkeypatch.setattr(serving_engine, "_read_tokens", interrupted)
+    done, failures = {}, 0
+    for _ in range(40):
+        try:
+            outputs = engine.step()
+        except KeyboardInterrupt:
+            failures += 1
+            continue
+        done.update((output.request_id, output.output_ids) for output in outputs)
+    assert failures == 1
+    assert done == {key: oracle_tokens(prompt, 6) for key, prompt in zip(ids, prompts, strict=True)}
+    engine.flush()
+    assert all(pool.num_free == pool.num_blocks for pool in engine._cache.pools)
+
+
 def test_caches_consumed_by_a_failed_program_are_named_and_everything_is_recomputed(engine, monkeypatch):
     prompt = random_prompt(0, 40)
     engine.generate([prompt], SamplingParams(max_new_tokens=6))

@@ -259,7 +259,9 @@ class LLMEngine:
             try:
                 if self._broke_off:
                     self._catch_up()
+                self._broke_off = True  # until it has ended
                 self._run_step()
+                self._broke_off = False
             except BaseException as error:
                 self._recover(error)
                 raise
@@ -283,6 +285,7 @@ class LLMEngine:
 
     def _catch_up(self) -> None:
         """Do what a step that broke off left undone, so that both sides know the same again."""
+        self._restart_all()  # again: the first time may have been interrupted
         self._send_to_worker()
         if self._untaken_results is not None:
             self._scheduler.take_results(self._untaken_results)
@@ -348,18 +351,20 @@ class LLMEngine:
         self._programs.compile(shape, self.kv_caches, batch, make_sampling_batch((), shape.rows))
 
     def _recover(self, error: BaseException) -> None:
-        self._broke_off = True
-        lost = _is_lost(self.kv_caches)
-        self._scheduler.restart_all(caches_lost=lost)
-        if not lost:
-            return
-        self._lost_caches = True
-        self.kv_caches = self._model.init_caches(self.cache_config)
-        if isinstance(error, Exception):
+        if self._restart_all() and isinstance(error, Exception):
             raise DeletedCacheError(
                 "a step failed after its program had consumed the KV caches, so their content is lost; they "
                 "are empty again and every request will be recomputed: call step() to go on or abort_all()"
             ) from error
+
+    def _restart_all(self) -> bool:
+        """Queue everybody again; whether the caches were lost. May be called again where it broke off."""
+        is_lost = _is_lost(self.kv_caches)
+        self._scheduler.restart_all(caches_lost=is_lost)
+        if is_lost:
+            self._lost_caches = True
+            self.kv_caches = self._model.init_caches(self.cache_config)
+        return is_lost
 
 
 def _chunk_rules(config: EngineConfig, cache_config: KVCacheConfig, snapshot_interval: int) -> ChunkRules:

@@ -255,14 +255,14 @@ class Scheduler:
         return self._connector.has_pending_block_frees() or (is_last and bool(self._loading))
 
     def _preempt(self, request: Request) -> None:
-        self.cache.release(request)
+        self._preempted_ids.add(request.request_id)
         request.num_computed_tokens = 0
         request.status = RequestStatus.WAITING
         if request in self._running:
             self._running.remove(request)
         self._waiting.appendleft(request)
-        self._preempted_ids.add(request.request_id)
         self.num_preemptions += 1
+        self.cache.release(request)  # Last: while it holds blocks, ``restart_all`` finds it.
 
     def _choices(self, request: Request, budget: int) -> Sequence[Chunk]:
         return self._chunks_from(request, request.num_computed_tokens, budget)
