@@ -23,6 +23,13 @@ CUDA_VENV ?= .venv-cuda
 JAX_CUDA ?= cuda13
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
+WHEELS := build/wheels
+# Installs jaxkv alone and leaves in $$wheel what to install extras of: the wheel is built once for all environments
+# of a Python. Pip has to be forced, as one of the same version may be there.
+INSTALL_JAXKV = soabi=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("SOABI"))') && \
+	$(MAKE) --no-print-directory VENV=$(VENV) $(WHEELS)/$$soabi/.built && \
+	wheel=$$(echo $(WHEELS)/$$soabi/*.whl) && \
+	$(PIP) install --no-deps --force-reinstall "$$wheel"
 SOURCES := pyproject.toml README.md LICENSE $(shell find jaxkv ffi examples -type f \
 	-not -name '*.pyc' -not -path '*/__pycache__/*')
 CPP := $(shell find ffi -name '*.cc' -o -name '*.cu' -o -name '*.h')
@@ -97,7 +104,7 @@ native-test: $(VENV)/.lint
 			-DCMAKE_BUILD_TYPE=RelWithDebInfo -DJAXKV_PYTHON_MODULE=OFF -DJAXKV_NATIVE_TESTS=ON \
 			-DJAXKV_SANITIZE=$$sanitizers >/dev/null && \
 		$(BIN)/cmake --build $$build && \
-		$(BIN)/ctest --test-dir $$build --output-on-failure || exit 1; \
+		$(BIN)/ctest --test-dir $$build --output-on-failure --parallel 2 || exit 1; \
 	done
 
 docs: $(VENV)/.jaxkv $(VENV)/.docs
@@ -114,24 +121,30 @@ $(VENV)/.python:
 	$(PIP) install --upgrade pip
 	@touch $@
 
+$(WHEELS)/%/.built: $(SOURCES)
+	@echo "== building jaxkv, $*"
+	rm -f $(@D)/*.whl
+	$(PIP) wheel --no-deps --wheel-dir $(@D) .
+	@touch $@
+
 $(VENV)/.jaxkv: $(VENV)/.python $(SOURCES)
-	@echo "== building jaxkv and installing what it needs into $(VENV)"
-	$(PIP) install ".[demo,test]"
+	@echo "== installing jaxkv and what it needs into $(VENV)"
+	@$(INSTALL_JAXKV) && $(PIP) install "$$wheel[demo,test]"
 	@touch $@
 
 $(VENV)/.families: $(VENV)/.python $(SOURCES) $(wildcard tests/families/requirements*.txt)
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
 		{ echo "these packages need Python 3.12 or newer; try make test-families PYTHON=python3.12"; exit 1; }
-	@echo "== building jaxkv and installing the packages it is tested against into $(VENV)"
-	$(PIP) install ".[test]" -r tests/families/requirements.txt
+	@echo "== installing jaxkv and the packages it is tested against into $(VENV)"
+	@$(INSTALL_JAXKV) && $(PIP) install "$$wheel[test]" -r tests/families/requirements.txt
 	$(PIP) install --no-deps -r tests/families/requirements-no-deps.txt
 	@touch $@
 
 $(VENV)/.gpu-compiler: $(VENV)/.python $(SOURCES) tests/gpu_compiler/requirements.txt
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
 		{ echo "the GPU compiler needs Python 3.12 or newer; try make test-gpu-compiler PYTHON=python3.12"; exit 1; }
-	@echo "== building jaxkv and installing XLA's GPU compiler into $(VENV)"
-	$(PIP) install ".[test]" -r tests/gpu_compiler/requirements.txt
+	@echo "== installing jaxkv and XLA's GPU compiler into $(VENV)"
+	@$(INSTALL_JAXKV) && $(PIP) install "$$wheel[test]" -r tests/gpu_compiler/requirements.txt
 	@touch $@
 
 $(VENV)/.cuda: $(VENV)/.python $(SOURCES)
@@ -142,15 +155,15 @@ $(VENV)/.cuda: $(VENV)/.python $(SOURCES)
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.python pyproject.toml
-	$(PIP) install ".[lint]"
+	@$(INSTALL_JAXKV) && $(PIP) install "$$wheel[lint]"
 	@touch $@
 
 $(VENV)/.mutants: $(VENV)/.python pyproject.toml
-	$(PIP) install ".[mutants]"
+	@$(INSTALL_JAXKV) && $(PIP) install "$$wheel[mutants]"
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.python pyproject.toml
-	$(PIP) install ".[docs]"
+	@$(INSTALL_JAXKV) && $(PIP) install "$$wheel[docs]"
 	@touch $@
 
 clean:
