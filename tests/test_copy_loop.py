@@ -25,7 +25,7 @@ def run_with(loop: str, script: str) -> str:
         stdout=subprocess.PIPE,
         check=True,
         text=True,
-        timeout=120,
+        timeout=300,
     ).stdout
 
 

@@ -218,8 +218,8 @@ def test_a_layer_is_there_before_the_next_only_if_loads_go_layer_by_layer(
     transfer.offload(kv_caches, GROUP, range(4), slots).wait()
     late = {**kv_caches, "layer.2": late_copy(kv_caches["layer.2"])}
     restored, ticket = transfer.restore(late, GROUP, range(4), slots)
-    restored["layer.1"].block_until_ready()
-    assert restored["layer.0"].is_ready()
+    for name in ("layer.0", "layer.1"):  # XLA may say so of the second before it does of the first.
+        restored[name].block_until_ready()
     assert restored["layer.2"].is_ready() != layerwise
     assert ticket.wait().error is None
     transfer.release(slots)

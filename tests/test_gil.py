@@ -16,6 +16,8 @@ from jaxkv import BlockTransfer, FullAttentionSpec, HostPool, KVCacheConfig, KVC
 
 MANY = 20
 """Turns of the other thread that no few stray releases of the lock explain."""
+ATTEMPTS = 20
+"""One in which the other thread had many turns is enough: on a busy machine it may get no core meanwhile."""
 
 
 @contextmanager
@@ -48,9 +50,13 @@ def turns_during(work: Callable[[], object]) -> int:
 
 
 def test_other_threads_run_while_a_pool_is_allocated_and_populated():
-    pools: list[HostPool] = []
-    assert turns_during(lambda: pools.append(HostPool(512 << 20))) > MANY
-    pools[0].close()
+    def turns_of_others() -> int:
+        pools: list[HostPool] = []
+        turns = turns_during(lambda: pools.append(HostPool(512 << 20)))
+        pools[0].close()
+        return turns
+
+    assert any(turns_of_others() > MANY for _ in range(ATTEMPTS))
 
 
 @pytest.mark.parametrize("direction", ["offload", "restore"])
@@ -69,9 +75,11 @@ def test_other_threads_run_while_blocks_are_copied(direction):
             ticket.wait()
 
             def work() -> None:
+                nonlocal caches
                 if direction == "offload":
                     transfer.offload(caches, 0, ids, slots).wait()
                 else:
-                    transfer.restore(caches, 0, ids, slots)[1].wait()
+                    caches, ticket = transfer.restore(caches, 0, ids, slots)
+                    ticket.wait()
 
-            assert turns_during(work) > MANY
+            assert any(turns_during(work) > MANY for _ in range(ATTEMPTS))

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("mesh_process.py")
-TIMEOUT_S = 300
+TIMEOUT_S = 600
 
 
 def free_port() -> int:

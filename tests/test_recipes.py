@@ -38,7 +38,7 @@ def test_recipe_runs_from_any_folder_and_finds_its_own_bytes_back(recipe, tmp_pa
         env={**os.environ, "PYTHONPATH": os.pathsep.join(search), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
