@@ -24,8 +24,8 @@ struct WayCounts {
 };
 
 struct EngineOptions {
-  int64_t staging_bytes = 64 << 20;  // of the device, for each direction
-  int64_t slot_bytes = 8 << 20;      // that a transfer is cut into, unless records are larger
+  int64_t staging_bytes = 0;     // of the device, for each direction; a few slots at least
+  int64_t slot_bytes = 8 << 20;  // that a transfer is cut into, unless records are larger
   Paths paths = {256 << 10, 64 << 10, kHostBlocks};
 };
 
