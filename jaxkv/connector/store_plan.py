@@ -296,12 +296,13 @@ def stays_whole(caches: ChunkedCaches, tenure: Tenure, spans: Iterable[PlannedSp
 def can_wait(caches: ChunkedCaches, tenure: Tenure) -> bool:
     """Whether a plan made once the coming step was begun finds all that one made before it would.
 
-    Who has ended, or has a tail to store, may also want chunks that were passed over, and those may be gone.
+    For groups that keep no recurrent states. Who has ended, or has a tail to store, may also want chunks
+    that were passed over, and those may be gone.
     """
     if tenure.has_ended or tenure.tail is not None:
         return False
     return all(
-        not caches.is_state(group) and _keeps_from(caches, tenure, group, first)
+        _keeps_from(caches, tenure, group, first)
         for group, first in zip(caches.groups, tenure.next_chunk, strict=True)
     )
 

@@ -25,6 +25,7 @@ class StoreQueue:
         self._caches = caches
         self._planner = planner
         self._jobs = jobs
+        self._has_states = any(map(caches.is_state, caches.groups))
         self._due: dict[Tenure, None] = {}
         self._following: dict[Tenure, None] = {}
         self._without_room: dict[Tenure, None] = {}
@@ -40,8 +41,8 @@ class StoreQueue:
     def plan_before_step(self, last_step: Container[str]) -> tuple[TransferJob, ...]:
         """Jobs of those who cannot wait; ``last_step`` names the requests that the last step computed.
 
-        Who could wait once and was not asked for then is among them. With several workers everybody is: they
-        learn of jobs when a step begins.
+        Who could wait once and was not asked for then is among them. With several workers everybody is, for
+        they learn of jobs when a step begins, and with recurrent states, which the step writes on.
         """
         waited, self._following = self._following, {}
         due, self._due = self._due | waited, {}
@@ -49,7 +50,7 @@ class StoreQueue:
             if tenure.ctx.req_id not in last_step:
                 # A step went by without it, or broke off: what it gave back then may be overwritten.
                 tenure.previous_tokens = tenure.complete_tokens
-        if self._jobs.num_workers == 1:
+        if self._jobs.num_workers == 1 and not self._has_states:
             self._following = {
                 tenure: None for tenure in due if tenure not in waited and can_wait(self._caches, tenure)
             }
