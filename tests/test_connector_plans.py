@@ -57,6 +57,7 @@ def view(tables, previous, complete, *, next_chunk=(0, 0, 0), limit=100, boundar
         tables,
         complete_tokens=complete,
         previous_tokens=previous,
+        begun_tokens=further.pop("begun", complete),
         first_chunk=[0, 0, 0],
         next_chunk=list(next_chunk),
         limit_tokens=limit,
@@ -236,12 +237,24 @@ def make_tenure():
         [[], [], []],
         complete_tokens=8,
         previous_tokens=8,
+        begun_tokens=8,
         first_chunk=[0, 0, 0],
         next_chunk=[0, 0, 0],
         limit_tokens=None,
         boundaries=every(8),
         due_tokens=9,
     )
+
+
+def test_what_a_request_counts_behind_a_step_that_was_not_reported_is_believed_when_the_next_is_planned():
+    tenure = make_tenure()
+    tenure.lose_step(1)
+    tenure.request.num_computed_tokens = 9
+    assert not tenure.end_step(2)  # The request may count the first of the two steps alone.
+    assert (tenure.complete_tokens, tenure.begun_tokens) == (8, 11)
+    tenure.request.num_computed_tokens = 10
+    assert tenure.confirm()
+    assert (tenure.complete_tokens, tenure.begun_tokens) == (10, 10)
 
 
 @pytest.mark.parametrize(("device_hit", "external", "complete"), [(8, 0, 8), (8, 16, 24), (100, 0, 99)])

@@ -26,6 +26,7 @@ def make_stay(complete, *, caches=CACHES, tables=TABLES, interval=8, next_chunk=
         [list(table) for table in tables],
         complete_tokens=complete,
         previous_tokens=stay.pop("previous", complete),
+        begun_tokens=stay.pop("begun", complete),
         first_chunk=list(stay.pop("first", [0] * caches.num_groups)),
         next_chunk=list(next_chunk),
         limit_tokens=stay.pop("limit", None),

@@ -141,7 +141,9 @@ def _surely_there(group: HitGroup, blocks_per_chunk: int) -> SurelyThere | None:
         case SlidingWindowSpec(sliding_window=window):
             return lambda chunks, previous, _: chunks.start * size > previous - window
         case MambaSpec():
-            return lambda chunks, _, complete: len(chunks) == 1 and chunks.stop * size == complete
+            return lambda chunks, previous, complete: (
+                len(chunks) == 1 and previous <= chunks.stop * size == complete
+            )
         case ChunkedLocalAttentionSpec():
             return None
         case _:

@@ -31,7 +31,8 @@ class Tenure:
     ``complete_tokens`` are on the device once the last step has ended (at first those the device held already
     and those that are loaded), ``previous_tokens`` were when it began. A request is not ``running`` before
     its first step has ended: until then another request may still be about to write what the device cache
-    lends it. One that ``has_ended`` is planned for once more.
+    lends it. One that ``has_ended`` is planned for once more. ``begun_tokens`` may have been written: more
+    than are complete where a step was not reported, or it is not known how much of it counts.
 
     Of what to store: ``limit_tokens`` is how far (``None``: all). ``first_chunk`` and ``next_chunk`` have an
     entry per group: where storing may begin, and where it goes on. ``boundaries`` are where later requests
@@ -46,6 +47,7 @@ class Tenure:
     tables: list[list[BlockId | None]]
     complete_tokens: int
     previous_tokens: int
+    begun_tokens: int
     first_chunk: list[int]
     next_chunk: list[int]
     limit_tokens: int | None
@@ -66,13 +68,20 @@ class Tenure:
     def end_step(self, num_scheduled_tokens: int) -> bool:
         """A step of so many tokens ran. Answers whether there is something to store now."""
         self.running = True
-        self.previous_tokens = self.complete_tokens
-        reached = self.complete_tokens + num_scheduled_tokens
+        self.previous_tokens = self.begun_tokens
+        is_known = self.begun_tokens == self.complete_tokens
+        self.begun_tokens = reached = self.begun_tokens + num_scheduled_tokens
         if self.request.num_computed_tokens == reached:  # nearly always: no draft was rejected
             self.complete_tokens = reached
             return self.due_tokens is not None and reached >= self.due_tokens
         self.unconfirmed_tokens = num_scheduled_tokens
-        return self.confirm()
+        # Behind a step that was not reported, what the request counts by now may be of that one alone.
+        return is_known and self.confirm()
+
+    def lose_step(self, num_scheduled_tokens: int) -> None:
+        """A step of so many tokens was planned and not reported: it may have run, or broken off anywhere."""
+        self.previous_tokens = self.begun_tokens
+        self.begun_tokens += num_scheduled_tokens
 
     def confirm(self) -> bool:
         """Count the tokens of the last step as computed, as soon as the request says how many of them are.
@@ -85,7 +94,7 @@ class Tenure:
             if computed > complete + self.unconfirmed_tokens:
                 # A step before it was not reported: what that one gave back and overwrote is not known.
                 self.previous_tokens = computed
-            self.complete_tokens = complete = computed
+            self.complete_tokens = self.begun_tokens = complete = computed
             self.unconfirmed_tokens = 0
         return self.due_tokens is not None and complete >= self.due_tokens
 

@@ -129,7 +129,7 @@ class OffloadingScheduler:
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> OffloadingConnectorMetadata:
         """See ``KVConnectorBase``. Stores cover what was complete when the last step ended."""
-        self._step, self._left_in_step = {}, []  # a step that is still open broke off
+        self._lose_step()
         self._confirm_step()
         self._end_preempted(scheduler_output)
         self._take_handed_states(scheduler_output)
@@ -175,6 +175,18 @@ class OffloadingScheduler:
         if self._step:
             self._step, self._last_step = {}, self._step
         self._left_in_step = []
+
+    def _lose_step(self) -> None:
+        """A step that is still open broke off, or ran and was not reported."""
+        if not self._step:
+            return
+        for req_id in self._step.keys() & self._requests.keys() - self._admitted:
+            tenure = self._requests[req_id].tenure
+            if tenure is not None:
+                tenure.lose_step(self._step[req_id])
+        for tenure, num_tokens in self._left_in_step:
+            tenure.lose_step(num_tokens)
+        self._step, self._last_step, self._left_in_step = {}, self._step, []
 
     def _confirm_step(self) -> None:
         """A loop may say what was computed before ``update_connector_output`` or, at the latest, by now."""

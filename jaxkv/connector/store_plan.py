@@ -195,8 +195,11 @@ class _Planning:
             if (span.group, end) in tenure.handed_states:
                 return None
             # A state inside its block is written over in place, one at the end of a block is not.
-            is_kept = end == tenure.previous_tokens and end % caches.config.groups[span.group].block_size == 0
-            if not (is_kept or end == tenure.complete_tokens):
+            if end % caches.config.groups[span.group].block_size:
+                stands = end == tenure.complete_tokens == tenure.begun_tokens
+            else:
+                stands = end in (tenure.previous_tokens, tenure.complete_tokens)
+            if not stands:
                 return SkipReason.NO_STATE
         unread = next(unread_at_ends(caches, span), range(0))
         wanted = [position for position in payload_blocks(caches, span) if position not in unread]

@@ -39,7 +39,7 @@ class StoreQueue:
         return iter(self._due | self._following)
 
     def plan_before_step(self, last_step: Container[str]) -> tuple[TransferJob, ...]:
-        """Jobs of those who cannot wait; ``last_step`` names the requests that the last step computed.
+        """Jobs of those who cannot wait; ``last_step`` names the requests that the last step was planned for.
 
         Who could wait once and was not asked for then is among them. With several workers everybody is, for
         they learn of jobs when a step begins, and with recurrent states, which the step writes on.
@@ -48,8 +48,8 @@ class StoreQueue:
         due, self._due = self._due | waited, {}
         for tenure in due:
             if tenure.ctx.req_id not in last_step:
-                # A step went by without it, or broke off: what it gave back then may be overwritten.
-                tenure.previous_tokens = tenure.complete_tokens
+                # A step went by without it: what it gave back then may be overwritten.
+                tenure.previous_tokens = tenure.begun_tokens
         if self._jobs.num_workers == 1 and not self._has_states:
             self._following = {
                 tenure: None for tenure in due if tenure not in waited and can_wait(self._caches, tenure)

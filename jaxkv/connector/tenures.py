@@ -48,6 +48,7 @@ class Tenures:
             tables=[list(table) for table in blocks],
             complete_tokens=complete,
             previous_tokens=complete,
+            begun_tokens=complete,
             first_chunk=first_chunk,
             next_chunk=list(first_chunk),
             limit_tokens=self._limit_tokens(state),
@@ -60,7 +61,7 @@ class Tenures:
 
         Nor will chunks that begin with it. Changes ``tenure``.
         """
-        num_tokens = tenure.complete_tokens + tenure.unconfirmed_tokens + num_running_tokens
+        num_tokens = tenure.begun_tokens + num_running_tokens
         tenure.next_chunk = [-(-num_tokens // group.tokens_per_chunk) for group in self._caches.hit_groups]
         tenure.first_chunk = list(tenure.next_chunk)
         tenure.handed_states, tenure.tail = {}, None
