@@ -1,5 +1,6 @@
 """Stores that may follow the step they are planned in: which, when they are read, and that none is lost."""
 
+import numpy as np
 import pytest
 from connector_loop import Loop, expected_output
 from loop_model import make_config
@@ -8,6 +9,7 @@ from workers_loop import WorkersLoop
 
 from jaxkv.connector import KVConnectorOutput, SchedulerOutput
 from jaxkv.keys import JobId
+from jaxkv.spec import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 
 PROMPT = list(range(100, 150))
 ATTENTION = {"full": 1, "latent": 1}
@@ -173,6 +175,31 @@ def test_a_reset_while_a_step_runs_leaves_nothing_to_be_planned_behind_it():
     loop.connector.update_connector_output(KVConnectorOutput())
     loop.run()
     assert held(loop, request, 0) == set()
+    loop.close()
+
+
+def test_a_tail_that_was_refused_is_read_before_its_blocks_are_given_back():
+    """No boundary needs the whole chunk around it, so what is to be stored next lies behind it."""
+    options = {"num_kv_heads": 1, "head_size": 1, "dtype": np.int64}
+    window = SlidingWindowSpec(4, page_size_bytes=32, sliding_window=3, **options)
+    full = FullAttentionSpec(16, page_size_bytes=128, **options)
+    config = KVCacheConfig(
+        (KVCacheGroupSpec(("full.0",), full, 64), KVCacheGroupSpec(("window.0",), window, 64)), 2
+    )
+    loop = Loop(config=config, offload_prompt_only=False)
+    first = loop.add("first", PROMPT[:23], 8)
+    loop.step()
+    with no_room(loop):
+        while first.num_computed_tokens < 26:
+            loop.step()
+    log = []
+    watched(loop, log)
+    loop.add("other", [7] * 16)
+    loop.step()
+    assert log == [("store", False), "step"]
+    loop.run()
+    assert loop.serve("second", PROMPT[:23], 2).host_hits == [22]
+    assert loop.outputs["second"] == expected_output(PROMPT[:23], 2)
     loop.close()
 
 

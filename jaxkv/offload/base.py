@@ -246,7 +246,10 @@ class OffloadingManager(ABC):
         """No more stores or loads will be prepared for this request; those under way may still complete."""
 
     def on_schedule_end(self) -> None:
-        """A step was planned: every lookup, load and store of it has been asked for."""
+        """A step was planned: every lookup and load of it has been asked for, and stores that cannot wait.
+
+        Others may be asked for while it runs.
+        """
 
     def has_pending_work(self) -> bool:
         """Whether the loop should go on making (empty) steps for the backend's sake."""
