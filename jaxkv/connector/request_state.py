@@ -91,8 +91,9 @@ class Tenure:
         # Called for every running request of every step: min() and max() would cost more than the rest.
         complete, computed = self.complete_tokens, self.request.num_computed_tokens
         if self.unconfirmed_tokens and computed > complete:
-            if computed > complete + self.unconfirmed_tokens:
-                # A step before it was not reported: what that one gave back and overwrote is not known.
+            if max(self.begun_tokens, computed) > complete + self.unconfirmed_tokens:
+                # A step before it was not reported: where that one ended, and what the next gave back and
+                # overwrote, is not known.
                 self.previous_tokens = computed
             self.complete_tokens = self.begun_tokens = complete = computed
             self.unconfirmed_tokens = 0
