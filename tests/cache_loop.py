@@ -297,8 +297,11 @@ class MachineLoop:
 
     # -- the end of a step ------------------------------------------------------------------------------
 
-    def update(self, parts: list[Part], results: KVConnectorOutput) -> None:
-        """Take in a step that ran: computed tokens, ended transfers, finished requests."""
+    def update(self, parts: list[Part], results: KVConnectorOutput | None) -> None:
+        """Take in a step that ran: computed tokens, ended transfers, finished requests.
+
+        Without ``results`` the connector does not hear of it.
+        """
         for part in parts:
             request = part.request
             request.generate(max(0, part.kept - request.num_tokens))
@@ -324,7 +327,9 @@ class MachineLoop:
                 if request.is_complete:
                     self._finish(request)
 
-    def _take_results(self, results: KVConnectorOutput) -> None:
+    def _take_results(self, results: KVConnectorOutput | None) -> None:
+        if results is None:
+            return
         self.connector.update_connector_output(results)
         for request_id in results.failed_recving:
             self._load_failed(request_id)

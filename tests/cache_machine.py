@@ -49,6 +49,7 @@ class Machine:
         self.connector = self.connectors[0]
         self.loop = MachineLoop(setup, self.connector, self.model, draw, counts)
         self.land_odds, self.fail_odds = setup.land_odds, setup.fail_odds
+        self.unreported_odds = setup.unreported_odds
         self._aggregator = KVOutputAggregator(setup.num_workers)
         self._links = config.hash_block_size, draw.choice([16, 16, 32])
         self._texts: list[np.ndarray] = []
@@ -189,9 +190,13 @@ class Machine:
             self.loop.break_off(parts)
             return
         self._forward(parts)
-        self.loop.update(parts, self._take_results(output))
+        self._save()
+        is_reported = self.draw.random() >= self.unreported_odds
+        self.counts["steps not reported"] += not is_reported
+        self.loop.update(parts, self._take_results(output) if is_reported else None)
         self._check_progress(bool(parts))
-        self._check_pins()
+        if is_reported:
+            self._check_pins()
         if not self.counts["steps"] % 4:
             self.check()
 
@@ -216,12 +221,14 @@ class Machine:
             self.model.computed(part.request.contents.ids[part.start : part.kept])
             self.counts["tokens computed"] += part.kept - part.start
 
+    def _save(self) -> None:
+        if self.draw.random() < self.setup.save_odds:
+            for connector, arrays in zip(self.connectors, self.caches.arrays, strict=True):
+                connector.wait_for_save(arrays)
+
     def _take_results(self, output: SchedulerOutput):
         results = []
-        saves = self.draw.random() < self.setup.save_odds
-        for connector, arrays in zip(self.connectors, self.caches.arrays, strict=True):
-            if saves:
-                connector.wait_for_save(arrays)
+        for connector in self.connectors:
             results.append(connector.get_transfer_results(output.finished_req_ids))
             connector.clear_connector_metadata()
         return self._aggregator.aggregate(results) if len(results) > 1 else results[0]
@@ -274,10 +281,13 @@ class Machine:
     def _check_stored(self) -> None:
         """Who gave its blocks back since the last step had in this one its last chance to be stored.
 
-        Layers that forget lose what nobody reads any more when a refused chunk is offered again.
+        Layers that forget lose what nobody reads any more when a refused chunk is offered again. Of steps
+        that are not reported nothing need be stored.
         """
         ended, self.loop.ended = self.loop.ended, []
         setup = self.setup
+        if setup.unreported_odds:
+            return
         is_limited = setup.retention_interval is not None or setup.prompt_only or setup.wishes
         all_stored = not is_limited and not self.manager.num_refused
         for request, num_computed in ended:
@@ -323,7 +333,8 @@ class Machine:
             self.counts["requests found stored completely"] += 1
 
     def drain(self, max_steps: int = 3000) -> None:
-        """Steps until nothing is left to do."""
+        """Steps, all of them reported, until nothing is left to do."""
+        self.unreported_odds = 0.0
         for _ in range(max_steps):
             if not self.loop.is_busy and not self.in_flight:
                 return

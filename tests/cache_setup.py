@@ -54,6 +54,7 @@ class Setup:
     emit_odds: float = 0.0
     break_odds: float = 0.0
     save_odds: float = 1.0
+    unreported_odds: float = 0.0
     arrive_odds: float = 0.25
     event_odds: float = 0.05
     resets: bool = True
@@ -70,7 +71,7 @@ class Setup:
     @property
     def has_more_trouble(self) -> bool:
         """Whether chunks are forgotten, or stored for some requests alone."""
-        return self.resets or self.wishes or self.store_threshold > 1
+        return self.resets or self.wishes or self.store_threshold > 1 or self.unreported_odds > 0
 
     @property
     def config(self) -> KVCacheConfig:
@@ -158,6 +159,7 @@ def _draw_trouble(draw: Random) -> dict[str, object]:
         "refuse_odds": draw.choice([0, 0, 0.1]),
         "retry_odds": draw.choice([0, 0, 0, 0.05]),
         "break_odds": draw.choice([0, 0, 0, 0.02]),
+        "unreported_odds": draw.choice([0, 0, 0, 0.1, 0.4]),
         "wishes": draw.random() < 0.3,
         "store_threshold": draw.choice([0, 0, 0, 2, 3]),
     }

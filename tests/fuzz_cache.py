@@ -60,6 +60,7 @@ MUST_HAPPEN = (
     "drafts accepted",
     "drafts rejected",
     "steps that broke off",
+    "steps not reported",
     "states emitted",
     "states handed over at the end",
     "host hits of tails",

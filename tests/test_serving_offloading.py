@@ -168,6 +168,7 @@ def test_a_step_that_fails_when_its_tokens_are_read_is_stored_only_if_its_caches
         "build_connector_meta",
         "handle_preemptions",
         "start_load_kv",
+        "wait_for_save",
         "get_transfer_results",
         "update_connector_output",
         "request_finished_all_groups",
