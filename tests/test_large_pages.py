@@ -62,7 +62,11 @@ def _make_caches() -> tuple[dict[str, jax.Array], CanonicalKVCaches]:
 
 def test_a_warm_up_brings_leaves_into_large_pages_with_what_they_hold(pool: HostPool) -> None:
     caches, canonical = _make_caches()
-    caches = BlockTransfer(canonical, pool).warm_up(caches, 1)
+    transfer = BlockTransfer(canonical, pool)
+    for _ in range(10):  # The kernel may refuse while it is busy with a page.
+        caches = transfer.warm_up(caches, 1)
+        if _large_page_bytes(caches["layer.0"]) >= IN_LARGE_PAGES:
+            break
     assert _large_page_bytes(caches["layer.0"]) >= IN_LARGE_PAGES
     expected = np.arange(np.prod(SHAPE), dtype=np.float32).reshape(SHAPE)
     np.testing.assert_array_equal(np.asarray(caches["layer.0"]), expected)

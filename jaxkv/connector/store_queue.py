@@ -17,8 +17,8 @@ from jaxkv.offload.base import TransferJob
 class StoreQueue:
     """Tenures with chunks that became complete, each until ``planner`` has planned for it.
 
-    What the coming step would overwrite is planned before it. The rest, which is nearly all while requests
-    decode, waits until the step runs: planning takes longer than everything else here.
+    What the coming step may overwrite is planned before it. The rest, which is nearly all while requests
+    decode, waits until the step runs, and costs nothing where an accelerator computes meanwhile.
     """
 
     def __init__(self, caches: ChunkedCaches, planner: StorePlanner, jobs: JobTable) -> None:
